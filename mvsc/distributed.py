@@ -1,0 +1,80 @@
+"""Several processes: centroids that stay in step, and means over all of them (reading R18).
+
+Each function is the identity for a single process. All communication is a sum over the
+processes of one group, and every process has to take part equally often.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rank(group: Any = None) -> int:
+    """Return the rank of this process in ``group``; 0 without a process group."""
+    return dist.get_rank(group) if _running() else 0
+
+
+def world_size(group: Any = None) -> int:
+    """Return the number of processes in ``group``; 1 without a process group."""
+    return dist.get_world_size(group) if _running() else 1
+
+
+def average_gradient(parameter: Tensor, group: Any = None) -> Tensor:
+    """Return ``parameter`` itself; its gradient is averaged over the processes in backward.
+
+    That keeps a bare parameter equal on every process, with no wrapper at all, and does not
+    disturb one inside DistributedDataParallel: the average of equal gradients is the same.
+    """
+    if world_size(group) == 1:
+        return parameter
+    averaged: Tensor = _AverageGradient.apply(parameter, group)
+    return averaged
+
+
+def sum_over_processes(tensor: Tensor, group: Any = None) -> Tensor:
+    """Add ``tensor`` up over the processes; its gradient is added up too.
+
+    ``dist.all_reduce`` alone has no gradient: the encoder's would silently shrink by the number
+    of processes.
+    """
+    if world_size(group) == 1:
+        return tensor
+    total: Tensor = _Sum.apply(tensor, group)
+    return total
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _all_reduce(tensor: Tensor, group: Any) -> Tensor:
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+class _AverageGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.group) / dist.get_world_size(ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _all_reduce(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grad, ctx.group), None

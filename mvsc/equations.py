@@ -1,0 +1,218 @@
+"""Equations (1) to (5) of the paper, in its order, each one pure function.
+
+Everywhere ``g`` runs over the groups, ``c`` over the classes and ``d`` over the feature
+dimension; ``present`` says which cells, i.e. (group, class) pairs, have a pixel in the batch.
+Nothing here is random, on a certain device, or a module's state.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+
+from mvsc.segment import divide
+
+EPS = 1e-6
+"""Length below which a vector counts as zero when it is normalised."""
+
+
+class MVSCTerms(NamedTuple):
+    """The three terms of the loss, unweighted scalars.
+
+    Attributes:
+        align: Eq. (2), L_fca, feature-centroid alignment, in nats, at least 0.
+        pull: Eq. (3), L_cos, centroid pull, in [0, 2].
+        classify: L_v, classification of the enhanced centroids, in nats, at least 0.
+    """
+
+    align: Tensor
+    pull: Tensor
+    classify: Tensor
+
+
+def class_group_means(sums: Tensor, counts: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Average the features of each cell.
+
+    Eq. (1), section 3.2. A cell without pixels is masked out of what follows (reading R10).
+
+    Args:
+        sums: sum of the features of each cell, shape ``(groups * num_classes, dim)``, group by
+            group, as :func:`mvsc.segment.segment_sum` returns it.
+        counts: number of pixels of each cell, shape ``(groups * num_classes,)``, integer.
+        groups: G, the number of groups.
+
+    Returns:
+        ``(means, present)``: R of shape ``(groups, num_classes, dim)``, 0 in an empty cell, and
+        the mask of the cells that have a pixel, shape ``(groups, num_classes)``, bool.
+
+    Example:
+        >>> sums, counts = torch.tensor([[2.0], [9.0], [0.0], [5.0]]), torch.tensor([2, 3, 0, 1])
+        >>> means, present = class_group_means(sums, counts, groups=2)
+        >>> means.squeeze(-1).tolist(), present.tolist()
+        ([[1.0, 3.0], [0.0, 5.0]], [[True, True], [False, True]])
+    """
+    means = rearrange(divide(sums, counts), "(g c) d -> g c d", g=groups)
+    return means, rearrange(counts > 0, "(g c) -> g c", g=groups)
+
+
+def global_centroids(centroids: Tensor) -> Tensor:
+    """Average the centroids of a class over the groups: v' of section 3.2.
+
+    Args:
+        centroids: V, shape ``(groups, num_classes, dim)``.
+
+    Returns:
+        v', shape ``(num_classes, dim)``.
+    """
+    return reduce(centroids, "g c d -> c d", "mean")
+
+
+def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature: float) -> Tensor:
+    """Pull each mean to the centroid of its class and push it from those of other classes.
+
+    Eq. (2), section 3.2: cross-entropy over ``cos(R_ng, v_c) / tau`` with target ``n``. Both
+    sides are normalised (R1); the negatives are the classes present in the batch (R2); means
+    and centroids both learn (R4); the average runs over the cells that are present (R5).
+
+    Args:
+        means: R, shape ``(groups, num_classes, dim)``.
+        targets: what the means are aligned to: the global centroids v', shape
+            ``(num_classes, dim)``, or V itself, shape ``(groups, num_classes, dim)``, to align
+            each mean to the centroid of its own group (R3).
+        present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
+        temperature: tau, above 0.
+
+    Returns:
+        Scalar, in nats, at least 0; 0 with zero gradients when nothing is present.
+
+    Example:
+        >>> means, present = torch.eye(2).unsqueeze(0), torch.tensor([[True, True]])
+        >>> round(alignment_loss(means, torch.eye(2), present, temperature=1.0).item(), 4)
+        0.3133
+    """
+    cosines = _unit(means) @ _unit(targets).mT
+    in_batch = present.any(dim=0)
+    # A finite mask value: -inf would turn a row without any class into NaN.
+    logits = (cosines / temperature).masked_fill(~in_batch, torch.finfo(cosines.dtype).min)
+    return _cross_entropy_over_present(logits, present)
+
+
+def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
+    """Pull two random halves of the groups of each class together.
+
+    Eq. (3), section 3.2: ``1 - cos(half_a, half_b)``, averaged over all classes; minimised as
+    the formula says (R6, R7).
+
+    Args:
+        centroids: V, shape ``(groups, num_classes, dim)``.
+        order: a permutation of the groups, shape ``(groups,)``, int64. Its first
+            ``groups // 2`` entries are one half, the others the second.
+
+    Returns:
+        Scalar in [0, 2], no unit; exactly 0 with zero gradients for a single group (R8).
+
+    Example:
+        >>> centroids = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+        >>> centroid_pull_loss(centroids, torch.tensor([1, 0])).item()
+        1.0
+    """
+    groups = centroids.shape[0]
+    if groups == 1:
+        # The sum of nothing: zero, and connected to the graph.
+        return centroids[:0].sum()
+    shuffled = centroids.index_select(0, order)
+    half_a, half_b = shuffled[: groups // 2].mean(dim=0), shuffled[groups // 2 :].mean(dim=0)
+    return 1 - einsum(_unit(half_a), _unit(half_b), "c d, c d -> c").mean()
+
+
+def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:
+    """Give the centroids the features' gradient without moving their value.
+
+    Eq. (4), section 3.3: V' = V + (R - SG(R)). Reading R11.
+
+    Args:
+        centroids: V, shape ``(groups, num_classes, dim)``.
+        means: R, mean feature of each cell, same shape.
+
+    Returns:
+        V', same shape. Its value is exactly ``centroids``; a gradient that reaches it is
+        passed on, unchanged, to both arguments.
+
+    Example:
+        >>> centroids, means = torch.ones(1, 1, 2), torch.full((1, 1, 2), 1e8, requires_grad=True)
+        >>> enhanced = enhance_centroids(centroids, means)
+        >>> enhanced.sum().backward()
+        >>> enhanced.tolist(), means.grad.tolist()
+        ([[[1.0, 1.0]]], [[[1.0, 1.0]]])
+    """
+    # The brackets matter: R - SG(R) is exactly zero, while (V + R) - SG(R) rounds V away
+    # wherever the features are much larger than the centroids.
+    return centroids + (means - means.detach())
+
+
+def centroid_classification_loss(
+    enhanced: Tensor, present: Tensor, classify: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Supervise each enhanced centroid with its class through the model's own classifier.
+
+    L_v, section 3.3. The average runs over the cells that are present (R5, R10). The gradient
+    goes to the classifier (R13), to the centroids and, through Eq. (4), to the features.
+
+    Args:
+        enhanced: V', shape ``(groups, num_classes, dim)``.
+        present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
+        classify: maps vectors of shape ``(groups * num_classes, dim)`` to logits of shape
+            ``(groups * num_classes, num_classes)``.
+
+    Returns:
+        Scalar, in nats, at least 0; 0 with zero gradients when nothing is present.
+
+    Example:
+        >>> enhanced, present = torch.eye(2).unsqueeze(0), torch.tensor([[True, True]])
+        >>> round(centroid_classification_loss(enhanced, present, lambda v: v).item(), 4)
+        0.3133
+    """
+    logits = classify(rearrange(enhanced, "g c d -> (g c) d"))
+    logits = rearrange(logits, "(g c) k -> g c k", g=present.shape[0])
+    return _cross_entropy_over_present(logits, present)
+
+
+def weighted_sum(terms: MVSCTerms, weights: tuple[float, float, float]) -> Tensor:
+    """Add the terms up: what Eq. (5), section 3.4, adds to the cross-entropy of the pixels.
+
+    Args:
+        terms: the unweighted terms; one whose weight is 0 is left out, whatever it holds.
+        weights: lambda_f, lambda_c, lambda_v, each at least 0, in the order of the terms (R19).
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> terms = MVSCTerms(*torch.tensor([1.0, 2.0, 4.0]))
+        >>> weighted_sum(terms, (0.5, 1.0, 0.0)).item()
+        2.5
+    """
+    total = terms.align.new_zeros(())
+    for term, weight in zip(terms, weights, strict=True):
+        if weight > 0:
+            total = total + weight * term
+    return total
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Scale vectors to length 1; a zero vector stays 0 and has a finite gradient."""
+    # F.normalize has gradients of 1e12 at zero, and NaN in float16.
+    return vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + EPS**2)
+
+
+def _cross_entropy_over_present(logits: Tensor, present: Tensor) -> Tensor:
+    """Average the cross-entropy of each present cell with its class as the target."""
+    groups, num_classes = present.shape
+    target = torch.arange(num_classes, device=logits.device).expand(groups, num_classes)
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    # where, not a product: 0 * NaN would be NaN.
+    losses = torch.where(present.flatten(), losses, 0)
+    return losses.sum() / present.sum().clamp_min(1)

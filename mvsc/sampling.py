@@ -1,0 +1,133 @@
+"""What is drawn and what is resampled: labels on the feature grid, groups, halves.
+
+Randomness is private and counter-based: an integer hash of (seed, step, rank, pixel). The
+global generators are never touched, so a baseline and a run with MVSC see the same initial
+weights and the same order of the data; a resumed run draws what it would have drawn; and the
+draws are equal on every device, eager and compiled.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+_Int = TypeVar("_Int", int, Tensor)
+
+_MASK = 0xFFFFFFFF
+
+
+def labels_on_grid(
+    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int
+) -> Tensor:
+    """Bring the labels to the feature grid and give every pixel that does not count one label.
+
+    Each feature pixel takes the label at its centre (reading R15): row
+    ``((2 i + 1) H) // (2 h)``, in exact integers. Interpolation in floating point differs from
+    that for some sizes and cannot hold every class index.
+
+    Args:
+        labels: class map, shape ``(batch, H, W)``, any integer dtype.
+        size: ``(h, w)``, the size of the feature map.
+        num_classes: C.
+        ignore_index: label of unlabelled pixels; may be any integer.
+
+    Returns:
+        int64, shape ``(batch, h, w)``, in ``0 .. num_classes``; ``num_classes`` stands for
+        every pixel that is ignored or out of range.
+
+    Example:
+        >>> labels = torch.tensor([[[0, 0, 7, 7], [0, 2, 7, 255]]], dtype=torch.uint8)
+        >>> labels_on_grid(labels, (1, 2), num_classes=8, ignore_index=255).tolist()
+        [[[2, 8]]]
+    """
+    if labels.shape[1:] != size:
+        rows, columns = (
+            ((2 * torch.arange(target, device=labels.device) + 1) * source) // (2 * target)
+            for source, target in zip(labels.shape[1:], size, strict=True)
+        )
+        labels = labels[:, rows.unsqueeze(1), columns]
+    # Widened before any comparison: uint8 == -100 is true for class 156.
+    grid = labels.long()
+    counts = (grid >= 0) & (grid < num_classes) & (grid != ignore_index)
+    return torch.where(counts, grid, num_classes)
+
+
+def stream_key(seed: int, step: Tensor, rank: int = 0) -> Tensor:
+    """Mix seed, step and rank into the key of one step's draws.
+
+    Args:
+        seed: any integer; its low 64 bits count.
+        step: the number of the step, int64 scalar.
+        rank: of the process, so that processes with the same seed split differently.
+
+    Returns:
+        int64 scalar in ``0 .. 2**32 - 1``, on the device of ``step``.
+    """
+    key = 0x2545F491
+    for word in (seed, seed >> 32, rank):
+        key = _mix(_mix(key) ^ (word & _MASK))
+    return _mix(_mix((step & _MASK) ^ key) ^ ((step >> 32) & _MASK))
+
+
+def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> Tensor:
+    """Split the pixels of each class into G groups, at random and as evenly as possible.
+
+    The split of Eq. (1) as a balanced random partition (reading R9): the sizes of the groups
+    of a class differ by at most one, and which groups get the remainder is random too.
+
+    Args:
+        labels: int64, shape ``(batch, h, w)``, in ``0 .. num_classes``, as
+            :func:`labels_on_grid` returns it.
+        groups: G.
+        num_classes: C.
+        key: of this step, from :func:`stream_key`.
+
+    Returns:
+        The cell ``group * num_classes + label`` of each pixel, int64, same shape;
+        ``groups * num_classes`` for a pixel that does not count.
+
+    Example:
+        >>> labels = torch.tensor([[[0, 0, 0, 0, 1, 2]]])
+        >>> cells = draw_groups(labels, groups=2, num_classes=2, key=torch.tensor(0))
+        >>> torch.bincount(cells.flatten(), minlength=5)[[0, 2, 4]].tolist()
+        [2, 2, 1]
+    """
+    if groups == 1:
+        return labels
+    flat = labels.flatten()
+    pixels = torch.arange(len(flat), device=flat.device)
+    # Sorting by (class, hash) puts the pixels of each class in random order. The hash is a
+    # bijection of the pixel's number, so no two keys are equal and the order is unique.
+    keys, order = ((flat << 32) | _mix(_mix(pixels ^ key) ^ key)).sort()
+    classes = torch.arange(num_classes + 1, device=flat.device)
+    first_pixel = torch.searchsorted(keys, classes << 32)
+    first_group = _mix(_mix(classes ^ key) + 1) % groups
+    label = keys >> 32
+    group = (pixels - first_pixel[label] + first_group[label]) % groups
+    cells = torch.where(label < num_classes, group * num_classes + label, groups * num_classes)
+    return torch.empty_like(flat).scatter(0, order, cells).view_as(labels)
+
+
+def draw_halves(groups: int, key: Tensor) -> Tensor:
+    """Draw the order of the groups whose first half Eq. (3) sets against the rest (R7).
+
+    Args:
+        groups: G.
+        key: of this step, from :func:`stream_key`.
+
+    Returns:
+        A permutation of ``0 .. groups - 1``, int64.
+    """
+    return _mix(_mix(torch.arange(groups, device=key.device) ^ key) + 2).argsort()
+
+
+def _mix(x: _Int) -> _Int:
+    """Hash 32 bits to 32 bits, one to one.
+
+    Every step is invertible, and the multiplier is below 2**31, so that an int64 product never
+    overflows. (The multiplier is T. Mueller's, found by search for avalanche.)
+    """
+    x = (x ^ 0x5BD1E995) & _MASK
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,197 @@
+"""The kernel: sums and means of the pixels of each cell, in the layout that the map has.
+
+Everything that is worth optimising is in this file, and nothing else is.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvsc import checks
+
+
+def segment_mean(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Average the features of the pixels of each cell.
+
+    The mean of Eq. (1), section 3.2, on its own: a cell there is a (group, class) pair.
+
+    Args:
+        features: dense feature map, shape ``(batch, dim, height, width)``, any floating dtype;
+            contiguous and channels_last maps are both read without a copy.
+        cells: the cell of each pixel, shape ``(batch, height, width)``, any integer dtype.
+            ``num_cells`` itself is the spare cell of pixels that do not count: whatever
+            they hold, NaN included, never matters.
+        num_cells: number of cells, at least 1.
+
+    Returns:
+        ``(means, counts)``: means of shape ``(num_cells, dim)``, float32 (float64 for float64
+        features), and the number of pixels of each cell, shape ``(num_cells,)``, int64. An
+        empty cell has mean 0 and passes no gradient.
+
+    Raises:
+        ValueError: if shapes do not fit, or, on the CPU, if a cell is outside
+            ``0 .. num_cells``.
+        TypeError: if features are not floating or cells are not integers.
+
+    Example:
+        >>> features = torch.tensor([1.0, 3.0, 5.0, 100.0]).reshape(1, 1, 2, 2)
+        >>> means, counts = segment_mean(features, torch.tensor([[[0, 0], [1, 3]]]), num_cells=3)
+        >>> means.flatten().tolist(), counts.tolist()
+        ([2.0, 5.0, 0.0], [2, 1, 0])
+    """
+    checks.check_cells(features, cells, num_cells)
+    sums, counts = segment_sum(features, cells.long(), num_cells)
+    return divide(sums, counts), counts
+
+
+def divide(sums: Tensor, counts: Tensor) -> Tensor:
+    """Turn sums into means; an empty cell stays 0.
+
+    The divisor is clamped because ``where(counts > 0, sums / counts, 0)`` has a NaN gradient.
+    """
+    return sums / counts.clamp_min(1).unsqueeze(-1)
+
+
+def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
+    """Sum and count the pixels of each cell; :func:`segment_mean` before the division.
+
+    Inputs are trusted and ``cells`` are int64. Nothing but ``cells`` is kept for backward.
+    """
+    # The spare cell is cut off here, so whatever was summed there goes no further.
+    sums = _Sum.apply(features, cells, num_cells + 1)[:num_cells]
+    # Counts are integers: float32 loses units above 2^24, float16 above 2048.
+    counts = cells.new_zeros(num_cells + 1).scatter_add_(
+        0, cells.flatten(), cells.new_ones(()).expand(cells.numel())
+    )
+    return sums, counts[:num_cells]
+
+
+# Two linear maps, each the other's derivative, so gradients of any order come for free:
+# `_sum` adds the pixels of each cell up, `_spread` hands a row of a table to each pixel.
+# They are opaque operators, for three reasons. Backward keeps `cells` and nothing else:
+# autograd's own index_add would keep a float32 copy of the map. A gradient is written in
+# the layout and dtype of its map. And the compiler leaves them alone: inductor would turn
+# them into atomic additions, slower and summed in another order than in eager mode.
+#
+# Which way for which map (2 Xeon cores, torch 2.15, B=4, D=256, 128 x 128, 684 cells;
+# `benchmarks/bench_segment_mean.py` measures every way again):
+#
+#   map                    sums                            ms    gradient               ms
+#   contiguous fp32        index_add along the pixels     7.2    gather, pixel axis   19.4
+#   contiguous bf16        the same, block-wise float32   8.5    the same, as int16   12.3
+#   channels_last fp32     index_add of rows              3.3    index_select         14.6
+#   channels_last bf16     the same, block-wise float32   5.3    index_select          7.3
+#
+# A plain read of the float32 map takes 1.2 ms and a plain write 14.3 ms (half of it in
+# bf16), so the gradient is at the memory's limit. On CUDA the same ways are taken; no
+# other was measured there yet.
+
+_BLOCK = 2**22
+"""Elements that are widened to float32 at once: a half-precision map is never copied whole."""
+
+
+@torch.library.custom_op("mvsc::segment_sum", mutates_args=())
+def _sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    """Sum the pixels of each cell: ``(B, D, h, w)`` and ``(B, h, w)`` to ``(num_cells, D)``."""
+    dim = features.shape[1]
+    dtype = _sum_dtype(features)
+    widened = features.dtype != dtype
+    if _is_channels_last(features):  # The pixels are rows already.
+        rows, index = features.permute(0, 2, 3, 1).reshape(-1, dim), cells.flatten()
+        step = max(1, _BLOCK // max(1, dim) if widened else rows.shape[0])
+        sums = features.new_zeros(num_cells, dim, dtype=dtype)
+        for some_rows, some_index in zip(
+            torch.split(rows, step), torch.split(index, step), strict=True
+        ):
+            sums.index_add_(0, some_index, some_rows.to(dtype))
+        return sums
+    step = max(1, _BLOCK // max(1, cells[0].numel()) if widened and len(cells) else dim)
+    sums = features.new_zeros(dim, num_cells, dtype=dtype)
+    for image, index in zip(features.flatten(2), cells.flatten(1), strict=True):
+        for some_sums, some_channels in zip(
+            torch.split(sums, step), torch.split(image, step), strict=True
+        ):
+            some_sums.index_add_(1, index, some_channels.to(dtype))
+    return sums.t().contiguous()
+
+
+@torch.library.custom_op("mvsc::spread", mutates_args=())
+def _spread(table: Tensor, cells: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Give each pixel the row of its cell: ``(num_cells, D)`` to ``(B, D, h, w)``."""
+    batch, height, width = cells.shape
+    num_cells, dim = table.shape
+    table = table.to(dtype)  # Rounded before it is spread: the table is the smaller one.
+    if channels_last:
+        rows = table.index_select(0, cells.flatten())
+        return rows.view(batch, height, width, dim).permute(0, 3, 1, 2)
+    table = table.t().contiguous()
+    # Gathering bfloat16 is ten times slower than gathering the same bits as integers.
+    bits = table.view(torch.int16) if table.element_size() == 2 else table
+    index = cells.flatten(1).unsqueeze(1).expand(-1, dim, -1)
+    spread = bits.expand(batch, dim, num_cells).gather(2, index)
+    return spread.view(dtype).view(batch, dim, height, width)
+
+
+def _sum_dtype(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def _is_channels_last(features: Tensor) -> bool:
+    return features.stride(1) == 1
+
+
+@_sum.register_fake
+def _(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    return features.new_empty(num_cells, features.shape[1], dtype=_sum_dtype(features))
+
+
+@_spread.register_fake
+def _(table: Tensor, cells: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    batch, height, width = cells.shape
+    if channels_last:
+        rows = table.new_empty(batch, height, width, table.shape[1], dtype=dtype)
+        return rows.permute(0, 3, 1, 2)
+    return table.new_empty(batch, table.shape[1], height, width, dtype=dtype)
+
+
+class _Sum(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+        sums: Tensor = _sum(features, cells, num_cells)
+        return sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        features, cells, _ = inputs
+        ctx.save_for_backward(cells)
+        ctx.dtype, ctx.channels_last = features.dtype, _is_channels_last(features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (cells,) = ctx.saved_tensors
+        return _Spread.apply(grad, cells, ctx.dtype, ctx.channels_last), None, None
+
+
+class _Spread(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(table: Tensor, cells: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+        spread: Tensor = _spread(table, cells, dtype, channels_last)
+        return spread
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype, bool], output: Tensor
+    ) -> None:
+        table, cells, _, _ = inputs
+        ctx.save_for_backward(cells)
+        ctx.num_cells, ctx.dtype = table.shape[0], table.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (cells,) = ctx.saved_tensors
+        return _Sum.apply(grad, cells, ctx.num_cells).to(ctx.dtype), None, None, None
