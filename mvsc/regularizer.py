@@ -1,7 +1,7 @@
 """The module: it owns the centroids and the hyper-parameters; ``terms`` is the walk."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -301,20 +301,18 @@ class MVSCRegularizer(nn.Module):
 
     def _classify(self, vectors: Tensor, classifier: Classifier) -> Tensor:
         """Ask the model's classifier for the class of each of N vectors (R13)."""
-        dtype = vectors.dtype
-        if isinstance(classifier, nn.Module):
-            parameter = next(classifier.parameters(), vectors)
-            vectors = vectors.to(parameter.dtype)
-        if isinstance(classifier, nn.Linear):
-            logits = classifier(vectors)
-        elif isinstance(classifier, nn.Conv2d) and classifier.kernel_size != (1, 1):
-            # Not the convolution itself: its zero padding would leave only the centre tap.
-            logits = F.linear(vectors, classifier.weight.sum(dim=(2, 3)), classifier.bias)
+        if _is_plain_linear(classifier):
+            weight, bias = _whole(classifier.weight), _whole(classifier.bias)
+            # A k x k kernel is summed: the convolution itself would pad the vector with zeros
+            # and leave only the centre tap.
+            weight = weight.flatten(2).sum(dim=2) if weight.ndim == 4 else weight
+            logits = F.linear(vectors.to(weight.dtype), weight, bias)
         else:
-            logits = classifier(vectors[:, :, None, None])
-        checks.check_logits(logits, len(vectors), self.num_classes)
-        flat: Tensor = logits.reshape(len(vectors), self.num_classes)
-        return flat.to(dtype)
+            parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
+            dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
+            logits = classifier(vectors.to(dtype)[:, :, None, None])
+            checks.check_logits(logits, len(vectors), self.num_classes)
+        return logits.reshape(len(vectors), self.num_classes).to(vectors.dtype)
 
     def _check(self, features: Tensor, labels: Tensor, classifier: Classifier) -> None:
         checks.check_features(features, self.dim, self.centroids.device)
@@ -357,6 +355,17 @@ class MVSCRegularizer(nn.Module):
         if torch.promote_types(moved.dtype, torch.float32) != moved.dtype:
             self.centroids.data = kept.to(moved.device)
         return self
+
+
+def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:
+    """Tell whether a classifier is a linear map and nothing else (a subclass may do more)."""
+    forwards = (nn.Conv2d.forward, nn.Linear.forward)
+    return isinstance(classifier, nn.Conv2d | nn.Linear) and type(classifier).forward in forwards
+
+
+def _whole(parameter: Any) -> Any:
+    """Gather a parameter that FSDP2 has sharded; any other is whole already."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _capturing(device: torch.device) -> bool:

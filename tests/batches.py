@@ -1,0 +1,59 @@
+"""Hypothesis strategies for the awkward batches that a training run meets sooner or later."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mvsc import MVSCRegularizer
+
+IGNORE = 255
+
+
+@dataclass
+class Batch:
+    """A regularizer and what one step gives it, everything in float64."""
+
+    reg: MVSCRegularizer
+    features: Tensor
+    labels: Tensor
+    classifier: nn.Conv2d
+
+    def loss(self) -> Tensor:
+        return self.reg(self.features, self.labels, self.classifier)
+
+    def leaves(self) -> list[Tensor]:
+        weight, bias = self.classifier.weight, self.classifier.bias
+        assert bias is not None
+        return [self.features, self.reg.centroids, weight, bias]
+
+
+@st.composite
+def batches(draw: st.DrawFn, **options: object) -> Batch:
+    """Draw batches with absent classes, everything ignored, one pixel, odd groups, more groups
+    than pixels, labels of another size, and none at all.
+    """
+    num_classes = draw(st.integers(1, 4))
+    dim = draw(st.integers(1, 4))
+    groups = draw(st.integers(1, 5))
+    batch = draw(st.integers(0, 2))
+    height, width = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    label_height, label_width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    if draw(st.booleans()):
+        label_height, label_width = height, width
+    seed = draw(st.integers(0, 2**32))
+    values = st.sampled_from([*range(num_classes), IGNORE])
+    allowed = draw(st.lists(values, min_size=1, unique=True))
+
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(0, len(allowed), (batch, label_height, label_width), generator=generator)
+    features = torch.randn(
+        batch, dim, height, width, generator=generator, dtype=torch.float64, requires_grad=True
+    )
+    classifier = nn.Conv2d(dim, num_classes, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    reg = MVSCRegularizer(num_classes, dim, groups, seed=seed, **options).double()  # type: ignore[arg-type]
+    return Batch(reg, features, torch.tensor(allowed)[choice], classifier)

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import oracle
+from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
+
+INTEGERS = [
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+def key(seed=0, step=0, rank=0):
+    return stream_key(seed, torch.tensor(step), rank)
+
+
+def split(labels, groups, num_classes, **stream):
+    cells = draw_groups(labels, groups, num_classes, key(**stream))
+    return torch.where(cells < groups * num_classes, cells // num_classes, -1), cells
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 40)] * 4),
+    ignore_index=st.sampled_from([255, -1, -100, 300, 0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_labels_are_taken_at_the_exact_centre(sizes, ignore_index):
+    height, width, target_height, target_width = sizes
+    labels = torch.randint(0, 5, (2, height, width))
+    labels[0, 0, 0] = ignore_index
+    grid = labels_on_grid(labels, (target_height, target_width), 5, ignore_index)
+    expected = oracle.labels_on_grid(labels.numpy(), target_height, target_width, 5, ignore_index)
+    expected[expected == None] = 5  # noqa: E711
+    assert_close(grid, torch.from_numpy(expected.astype(np.int64)))
+
+
+def test_labels_of_the_grids_own_size_are_kept():
+    labels = torch.randint(0, 9, (2, 5, 7))
+    assert_close(labels_on_grid(labels, (5, 7), 9, 255), labels)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("ignore_index", [255, -1, -100, 300, 0])
+def test_every_integer_dtype_gives_the_same_grid(dtype, ignore_index):
+    # uint8 == -100 is true for class 156, uint8 == 256 for class 0, unless labels are widened.
+    top = 120 if dtype == torch.int8 else 200
+    labels = torch.arange(top).reshape(1, 10, -1)
+    grid = labels_on_grid(labels.to(dtype), (10, labels.shape[2]), top, ignore_index)
+    expected = torch.where(labels == ignore_index, top, labels)
+    assert_close(grid, expected)
+
+
+@pytest.mark.parametrize("label", [-1, 5, 254, 2**40])
+def test_labels_out_of_range_do_not_count(label):
+    assert labels_on_grid(torch.tensor([[[label]]]), (1, 1), 5, 255).item() == 5
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    groups=st.integers(1, 9),
+    step=st.integers(0, 2**62),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_split_is_a_balanced_partition_of_each_class(labels, groups, step):
+    num_classes = 4  # so 4 marks the pixels that do not count
+    labels = torch.tensor(labels).reshape(1, 1, -1)
+    cells = draw_groups(labels, groups, num_classes, key(step=step))
+    sizes = torch.bincount(cells.flatten(), minlength=groups * num_classes + 1)
+    assert sizes[-1] == (labels == num_classes).sum()
+    sizes = sizes[:-1].reshape(groups, num_classes)
+    assert_close(sizes.sum(0), torch.bincount(labels.flatten(), minlength=5)[:4])
+    assert (sizes.amax(0) - sizes.amin(0) <= 1).all()
+    counted = labels < num_classes
+    assert_close(cells[counted] % num_classes, labels[counted])
+
+
+def test_the_split_changes_with_seed_step_and_rank_and_with_nothing_else():
+    labels = torch.zeros(1, 16, 16, dtype=torch.int64)
+    base, _ = split(labels, 4, 1)
+    assert_close(split(labels, 4, 1)[0], base)
+    for change in ({"seed": 1}, {"step": 1}, {"rank": 1}, {"seed": 2**40}, {"step": 2**40}):
+        agreement = (split(labels, 4, 1, **change)[0] == base).double().mean().item()
+        assert 0.1 < agreement < 0.4, change  # 1/4 by chance
+
+
+@pytest.mark.parametrize("step", [2**31 - 1, 2**31, 2**32, 2**62])
+def test_large_steps_draw_anew(step):
+    labels = torch.zeros(1, 16, 16, dtype=torch.int64)
+    one, two = split(labels, 4, 1, step=step)[0], split(labels, 4, 1, step=step + 1)[0]
+    assert (one == two).double().mean() < 0.4
+
+
+def test_groups_are_uniform_over_steps_for_each_pixel():
+    # 8 pixels of one class, 4 groups, many steps: every (pixel, group) pair 1/4 of the time.
+    labels = torch.zeros(1, 1, 8, dtype=torch.int64)
+    steps = 4000
+    hits = torch.zeros(8, 4)
+    for step in range(steps):
+        hits += torch.nn.functional.one_hot(split(labels, 4, 1, step=step)[0].flatten(), 4)
+    chi_square = ((hits - steps / 4) ** 2 / (steps / 4)).sum().item()
+    assert chi_square < 60  # 24 degrees of freedom: 99.99 % of fair draws lie below 59
+
+
+def test_pairs_of_pixels_share_a_group_as_often_as_in_a_random_partition():
+    # In a balanced partition of 8 pixels into 4 pairs any two meet with probability 1/7.
+    labels = torch.zeros(1, 1, 8, dtype=torch.int64)
+    steps = 4000
+    together = torch.zeros(8, 8)
+    for step in range(steps):
+        group = split(labels, 4, 1, step=step)[0].flatten()
+        together += group[:, None] == group[None, :]
+    pairs = together[~torch.eye(8, dtype=torch.bool)] / steps
+    assert_close(pairs, torch.full_like(pairs, 1 / 7), rtol=0, atol=0.025)
+
+
+def test_which_group_a_single_pixel_fills_is_random_too():
+    labels = torch.zeros(1, 1, 1, dtype=torch.int64)
+    groups = torch.stack([split(labels, 4, 1, step=s)[0].flatten() for s in range(2000)])
+    shares = torch.bincount(groups.flatten(), minlength=4) / 2000
+    assert_close(shares, torch.full((4,), 0.25), rtol=0, atol=0.05)
+
+
+def test_classes_and_consecutive_steps_are_split_independently():
+    labels = torch.arange(2).repeat_interleave(512).reshape(1, 2, 512)
+    for other in ((split(labels, 4, 2, step=0)[0][:, 1]), (split(labels, 4, 2, step=1)[0][:, 0])):
+        first = split(labels, 4, 2, step=0)[0][:, 0]
+        table = torch.bincount((first * 4 + other).flatten(), minlength=16).double()
+        chi_square = ((table - 32) ** 2 / 32).sum().item()
+        assert chi_square < 38  # 9 to 15 degrees of freedom
+
+
+def test_neighbouring_pixels_are_split_independently():
+    labels = torch.zeros(1, 64, 64, dtype=torch.int64)
+    group, _ = split(labels, 4, 1, step=3)
+    for neighbour in (group[:, :, 1:] == group[:, :, :-1], group[:, 1:] == group[:, :-1]):
+        assert abs(neighbour.double().mean().item() - 0.25) < 0.03
+
+
+def test_halves_are_permutations_and_every_half_is_drawn():
+    seen = set()
+    for step in range(200):
+        order = draw_halves(4, key(step=step))
+        assert sorted(order.tolist()) == [0, 1, 2, 3]
+        seen.add(frozenset(order[:2].tolist()))
+    assert len(seen) == 6
+
+
+def test_draws_do_not_touch_the_global_generator():
+    before = torch.get_rng_state()
+    draw_groups(torch.zeros(1, 8, 8, dtype=torch.int64), 4, 1, key())
+    draw_halves(4, key())
+    assert_close(torch.get_rng_state(), before)
+
+
+def test_the_draw_of_version_0_1_is_drawn_for_ever():
+    # A resumed run has to continue with the splits it would have drawn: this table is frozen.
+    labels = torch.tensor([[[0, 0, 0, 0, 0, 1, 1, 2]]])
+    cells = draw_groups(labels, 3, 2, key(seed=7, step=11, rank=1))
+    assert cells.flatten().tolist() == [2, 2, 0, 4, 0, 1, 3, 6]
+    assert draw_halves(5, key(seed=7, step=11)).tolist() == [1, 2, 4, 0, 3]
