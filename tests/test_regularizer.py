@@ -1,0 +1,513 @@
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import oracle
+from batches import IGNORE, Batch, batches
+from mvsc import MVSCRegularizer, sampling
+
+
+def example(num_classes=5, dim=6, groups=3, dtype=torch.float32, **options):
+    """Make one awkward step: absent class, ignored pixels, labels four times finer."""
+    features = torch.randn(2, dim, 7, 5, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, num_classes - 1, (2, 28, 20))
+    labels[0, :6] = options.get("ignore_index", IGNORE)
+    classifier = nn.Conv2d(dim, num_classes, 1, dtype=dtype)
+    reg = MVSCRegularizer(num_classes, dim, groups, **options)
+    return Batch(reg.to(dtype), features, labels, classifier)
+
+
+def draws(step: Batch):
+    """Repeat what the step that was just taken has drawn."""
+    reg, size = step.reg, step.features.shape[2:]
+    key = sampling.stream_key(reg.seed, reg.step)
+    grid = sampling.labels_on_grid(step.labels, size, reg.num_classes, reg.ignore_index)
+    cells = sampling.draw_groups(grid, reg.groups, reg.num_classes, key)
+    return cells, sampling.draw_halves(reg.groups, key)
+
+
+def by_oracle(step: Batch, features, centroids, weight, bias):
+    """Compute the weighted sum of the step that was just taken in NumPy."""
+    reg = step.reg
+    cells, order = draws(step)
+    grid = oracle.labels_on_grid(
+        step.labels.numpy(), *features.shape[2:], reg.num_classes, reg.ignore_index
+    )
+    means = oracle.means(
+        features, grid, (cells // reg.num_classes).numpy(), reg.groups, reg.num_classes
+    )
+    half_a, half_b = order[: reg.groups // 2].tolist(), order[reg.groups // 2 :].tolist()
+    return oracle.total(
+        oracle.alignment(means, centroids, reg.temperature, reg.align_to),
+        oracle.pull(centroids, half_a, half_b),
+        oracle.classification(means, centroids, weight[:, :, 0, 0], bias, reg.enhance),
+        (reg.align_weight, reg.pull_weight, reg.classify_weight),
+    )
+
+
+def relative_error(found, expected):
+    scale = max(np.abs(expected).max(initial=0.0), 1e-3)
+    return np.abs(found - expected).max(initial=0.0) / scale
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"align_to": "group"},
+        {"enhance": False},
+        {"temperature": 1.3, "align_weight": 2.0, "pull_weight": 0.3, "classify_weight": 1.7},
+        {"align_weight": 0},
+        {"pull_weight": 0},
+        {"classify_weight": 0},
+        {"ignore_index": 1},
+    ],
+    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()) or "default",
+)
+def test_value_and_gradients_are_the_oracles(options):
+    step = example(num_classes=4, dim=3, dtype=torch.float64, **options)
+    loss = step.loss()
+    gradients = torch.autograd.grad(loss, step.leaves(), allow_unused=True)
+    values = [leaf.detach().numpy() for leaf in step.leaves()]
+    assert relative_error(loss.item(), by_oracle(step, *values)) < 1e-12
+    for position, gradient in enumerate(gradients):
+
+        def along(nudged, position=position):
+            return by_oracle(step, *values[:position], nudged, *values[position + 1 :])
+
+        found = np.zeros(values[position].shape) if gradient is None else gradient.numpy()
+        assert relative_error(found, oracle.derivative(along, values[position])) < 1e-12
+
+
+@given(step=batches())
+@settings(max_examples=40, deadline=None)
+def test_the_loss_of_any_batch_is_the_oracles(step):
+    loss = step.loss()
+    expected = by_oracle(step, *[leaf.detach().numpy() for leaf in step.leaves()])
+    assert relative_error(loss.item(), expected) < 1e-12
+
+
+@given(step=batches())
+@settings(max_examples=40, deadline=None)
+def test_any_batch_has_a_finite_loss_connected_to_everything(step):
+    gradients = torch.autograd.grad(step.loss(), step.leaves())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@given(step=batches(pull_weight=0.0))
+@settings(max_examples=40, deadline=None)
+def test_without_a_labelled_pixel_loss_and_gradients_are_exactly_zero(step):
+    step.labels.fill_(IGNORE)
+    loss = step.loss()
+    assert loss.item() == 0
+    for gradient in torch.autograd.grad(loss, step.leaves()):
+        assert (gradient == 0).all()
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms():
+    step = example(align_weight=0.3, pull_weight=0.7, classify_weight=1.1)
+    twin = copy.deepcopy(step.reg)
+    terms = twin.terms(step.features, step.labels, step.classifier)
+    by_hand = 0.3 * terms.align + 0.7 * terms.pull + 1.1 * terms.classify
+    assert_close(step.loss(), by_hand)
+    assert_close(twin.total(terms), by_hand)
+
+
+def test_forward_does_no_work_for_a_term_of_weight_zero():
+    class Untouchable(nn.Module):
+        def forward(self, vectors):
+            raise AssertionError("called")
+
+    step = example(classify_weight=0)
+    step.reg(step.features, step.labels, Untouchable())
+    step = example(align_weight=0, classify_weight=0)
+    # With Eq. (3) alone not even the features are read.
+    (gradient,) = torch.autograd.grad(step.loss(), step.features, allow_unused=True)
+    assert gradient is None
+
+
+def test_eq_4_sends_each_pixel_its_cells_gradient_over_n():
+    step = example(align_weight=0, pull_weight=0, dtype=torch.float64)
+    to_features, to_centroids = torch.autograd.grad(step.loss(), step.leaves()[:2])
+    cells, _ = draws(step)
+    counts = torch.bincount(cells.flatten(), minlength=16)[:15]
+    table = to_centroids.flatten(0, 1) / counts.clamp_min(1)[:, None]
+    table = torch.cat([table, table.new_zeros(1, 6)])
+    assert_close(to_features, table[cells].permute(0, 3, 1, 2), rtol=0, atol=0)
+    assert to_features.abs().sum() > 0
+
+
+def test_without_eq_4_the_classification_does_not_reach_the_features():
+    step = example(enhance=False, align_weight=0)
+    gradients = torch.autograd.grad(step.loss(), step.leaves(), allow_unused=True)
+    assert gradients[0] is None or (gradients[0] == 0).all()
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[1:])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4])
+def test_the_classification_loss_does_not_depend_on_the_features_bitwise(scale):
+    step = example()
+    twin = copy.deepcopy(step.reg)
+    value = step.reg.terms(step.features, step.labels, step.classifier).classify
+    scaled = torch.randn_like(step.features) * scale
+    assert_close(twin.terms(scaled, step.labels, step.classifier).classify, value, rtol=0, atol=0)
+
+
+def test_the_pull_reaches_the_centroids_alone():
+    step = example(align_weight=0, classify_weight=0)
+    gradients = torch.autograd.grad(step.loss(), step.leaves(), allow_unused=True)
+    assert gradients[1].abs().sum() > 0
+    assert all(gradient is None for i, gradient in enumerate(gradients) if i != 1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_ignored_pixels_never_matter_bitwise(value):
+    step = example()
+    step.labels[:, ::4] = IGNORE
+    ignored = sampling.labels_on_grid(step.labels, (7, 5), 5, IGNORE) == 5
+    spoilt = step.features.detach().clone()
+    spoilt[ignored.unsqueeze(1).expand_as(spoilt)] = value
+    twin = Batch(copy.deepcopy(step.reg), spoilt.requires_grad_(), step.labels, step.classifier)
+    results = []
+    for each in (step, twin):
+        loss = each.loss()
+        results.append((loss.detach(), torch.autograd.grad(loss, each.leaves())))
+    assert_close(results[0], results[1], rtol=0, atol=0)
+    assert (results[1][1][0][ignored.unsqueeze(1).expand_as(spoilt)] == 0).all()
+
+
+def test_nan_in_a_labelled_pixel_stays_visible():
+    step = example()
+    with torch.no_grad():
+        step.features[1] = torch.nan
+    assert step.loss().isnan()
+
+
+def test_a_k_by_k_classifier_answers_as_inside_a_uniform_region():
+    step = example()
+    wide = nn.Conv2d(6, 5, 3, padding=1)
+    uniform = step.reg.centroids[0, 0].detach()[None, :, None, None].expand(1, 6, 9, 9)
+    inside = wide(uniform)[0, :, 4, 4]
+    vector = step.reg.centroids[0, 0].detach()[None]
+    assert_close(step.reg._classify(vector, wide)[0], inside)
+
+
+@pytest.mark.parametrize("kind", ["linear", "callable on maps", "callable to vectors", "subclass"])
+def test_every_form_of_the_classifier_gives_the_same_loss(kind):
+    step = example()
+    twin = copy.deepcopy(step.reg)
+    expected = step.loss()
+    conv = step.classifier
+    linear = nn.Linear(6, 5)
+    linear.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
+
+    class Subclass(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x)
+
+    subclass = Subclass(6, 5, 1)
+    subclass.load_state_dict(conv.state_dict())
+    forms = {
+        "linear": linear,
+        "callable on maps": lambda x: conv(x),
+        "callable to vectors": lambda x: linear(x.flatten(1)),
+        "subclass": subclass,
+    }
+    assert_close(twin(step.features, step.labels, forms[kind]), expected)
+
+
+def test_a_hook_on_the_classifier_does_not_see_the_centroids():
+    step = example()
+    seen = []
+    step.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    step.loss()
+    assert seen == []
+
+
+def test_dropout_or_batch_norm_in_the_classifier_is_named_once():
+    step = example()
+    head = nn.Sequential(nn.Dropout2d(), nn.BatchNorm2d(6), step.classifier)
+    with pytest.warns(UserWarning, match=r"0 \(Dropout2d\), 1 \(BatchNorm2d\).*last linear layer"):
+        step.reg(step.features, step.labels, head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step.reg(step.features, step.labels, head)
+
+
+def test_random_numbers_of_the_user_are_untouched():
+    before = torch.get_rng_state()
+    reg = MVSCRegularizer(5, 6)
+    reg(torch.zeros(1, 6, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), lambda v: v[:, :5])
+    assert_close(torch.get_rng_state(), before, rtol=0, atol=0)
+
+
+def test_the_initial_centroids_are_he_normal_and_a_matter_of_the_seed_alone():
+    torch.manual_seed(1)
+    reg = MVSCRegularizer(50, 64)
+    torch.manual_seed(2)
+    assert_close(MVSCRegularizer(50, 64).centroids, reg.centroids, rtol=0, atol=0)
+    assert not torch.equal(MVSCRegularizer(50, 64, seed=1).centroids, reg.centroids)
+    assert_close(reg.centroids.std().item(), (2 / 64) ** 0.5, rtol=0.02, atol=0)
+    assert_close(reg.centroids.mean().item(), 0.0, rtol=0, atol=0.005)
+
+
+def test_each_training_step_draws_anew_and_evaluation_does_not():
+    step = example()
+    assert step.loss() != step.loss()
+    assert step.reg.step.item() == 2
+    step.reg.eval()
+    assert step.loss() == step.loss()
+    assert step.reg.step.item() == 2
+
+
+def test_a_resumed_run_continues_bitwise():
+    step = example()
+    for _ in range(3):
+        step.loss()
+    resumed = MVSCRegularizer(5, 6, 3)
+    resumed.load_state_dict(step.reg.state_dict())
+    assert_close(resumed(step.features, step.labels, step.classifier), step.loss(), rtol=0, atol=0)
+
+
+def test_the_state_is_centroids_and_step():
+    assert list(MVSCRegularizer(5, 6).state_dict()) == ["centroids", "step"]
+    assert [name for name, _ in MVSCRegularizer(5, 6).named_parameters()] == ["centroids"]
+
+
+def test_a_state_of_another_size_is_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for centroids"):
+        MVSCRegularizer(5, 6).load_state_dict(MVSCRegularizer(5, 7).state_dict())
+
+
+def test_reset_parameters_brings_the_first_state_back_also_from_the_meta_device():
+    reg, step = MVSCRegularizer(5, 6), example()
+    fresh = copy.deepcopy(reg.state_dict())
+    with torch.no_grad():
+        reg.centroids.zero_()
+        reg.step += 7
+    reg.reset_parameters()
+    assert_close(reg.state_dict(), fresh, rtol=0, atol=0)
+    with torch.device("meta"):
+        empty = MVSCRegularizer(5, 6)
+    empty = empty.to_empty(device="cpu")
+    empty.reset_parameters()
+    assert_close(empty.state_dict(), fresh, rtol=0, atol=0)
+    assert empty(step.features, step.labels, step.classifier).isfinite()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant):
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        step = example()
+        step.reg.seed = 3
+
+        def loss(features, step=step):
+            return step.reg(features, step.labels, step.classifier)
+
+        if checkpointed:
+            value = checkpoint(loss, step.features, use_reentrant=reentrant)
+        else:
+            value = loss(step.features)
+        value.backward()
+        results.append((step.features.grad, step.reg.centroids.grad, step.reg.step))
+    assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_the_parameter_group_has_no_weight_decay_and_takes_overrides():
+    reg = MVSCRegularizer(5, 6)
+    model = nn.Conv2d(6, 5, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
+    optimizer.add_param_group(reg.param_group(lr=0.25))
+    group = optimizer.param_groups[1]
+    assert group["params"] == [reg.centroids]
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.0)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_centroids_keep_float32_and_their_values_when_the_model_is_cast(cast):
+    reg = MVSCRegularizer(5, 6)
+    before = reg.centroids.detach().clone()
+    model = nn.ModuleDict({"reg": reg, "head": nn.Conv2d(6, 5, 1)})
+    getattr(model, cast)()
+    assert_close(reg.centroids.detach(), before, rtol=0, atol=0)
+    assert reg.centroids.dtype == torch.float32
+    assert reg.double().centroids.dtype == torch.float64
+
+
+def test_centroids_are_float32_under_another_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert MVSCRegularizer(5, 6).centroids.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_gives_nearly_the_same_float32_loss(dtype):
+    step = example(align_weight=1, classify_weight=1)
+    twin = copy.deepcopy(step.reg)
+    expected = step.loss()
+    features = step.features.detach().to(dtype).requires_grad_()
+    loss = twin(features, step.labels, copy.deepcopy(step.classifier).to(dtype))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert features.grad is not None
+    assert features.grad.dtype == dtype
+    assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
+def test_autocast_is_off_inside():
+    step = example()
+    twin = copy.deepcopy(step.reg)
+    expected = step.loss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = twin(step.features, step.labels, step.classifier)
+    assert_close(loss, expected, rtol=0, atol=0)
+
+
+def test_the_memory_layout_of_the_features_does_not_matter():
+    step = example()
+    twin = copy.deepcopy(step.reg)
+    features = step.features.detach().contiguous(memory_format=torch.channels_last)
+    assert_close(twin(features, step.labels, step.classifier), step.loss())
+
+
+def test_inputs_are_not_modified():
+    step = example()
+    before = step.features.detach().clone(), step.labels.clone()
+    step.loss().backward()
+    assert_close((step.features.detach(), step.labels), before, rtol=0, atol=0)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuse the operators whose result a device would have to hand to the host."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        if any(name.startswith(word) for word in self.forbidden):
+            raise AssertionError(f"{name} would wait for the device")
+        if name.startswith("index.") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in args[1]
+        ):
+            raise AssertionError("boolean indexing would wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_hot_path_reads_nothing_back(monkeypatch):
+    # What a device would run after its first steps: values are masked and counted, not read.
+    step = example()
+    monkeypatch.setattr("mvsc.checks.check_label_values", lambda *args: None)
+    with NoHostReads():
+        step.loss().backward()
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="would wait"), NoHostReads():
+        step.loss()
+
+
+@pytest.mark.parametrize("dynamic", [False, None, True])
+def test_compiled_numbers_are_the_eager_ones(dynamic):
+    torch.compiler.reset()
+    eager = example()
+    compiled = torch.compile(
+        copy.deepcopy(eager.reg), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    for _ in range(3):
+        expected = eager.loss()
+        loss = compiled(eager.features, eager.labels, eager.classifier)
+        assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        leaves = [eager.features, *eager.classifier.parameters()]
+        assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_compiled_labels_out_of_range_are_masked_and_counted():
+    torch.compiler.reset()
+    step = example()
+    step.labels[1, 3, :4] = 77
+    compiled = torch.compile(step.reg, fullgraph=True, backend="aot_eager")
+    assert compiled(step.features, step.labels, step.classifier).isfinite()
+    assert step.reg.invalid_count.item() == 4
+
+
+def test_deepcopy_and_pickle_after_a_step_give_the_same_next_step():
+    step = example()
+    step.loss().backward()
+    copies = [copy.deepcopy(step.reg), pickle.loads(pickle.dumps(step.reg))]
+    expected = step.loss()
+    for each in copies:
+        assert_close(each(step.features, step.labels, step.classifier), expected, rtol=0, atol=0)
+
+
+def test_no_tensor_outlives_its_step():
+    step = example()
+    step.loss().backward()
+    features = weakref.ref(step.features)
+    del step.features
+    gc.collect()
+    assert features() is None
+
+
+def test_threads_do_not_change_the_loss():
+    threads = torch.get_num_threads()
+    losses = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            losses.append(example().loss())
+    finally:
+        torch.set_num_threads(threads)
+    assert_close(losses[1], losses[0], rtol=0, atol=1e-6)
+
+
+def test_training_brings_features_to_their_centroids():
+    # The point of it all: descending on the terms alone aligns pixels with their class.
+    step = example(num_classes=4, dim=8, groups=4)
+    optimizer = torch.optim.Adam([step.features, step.reg.centroids], lr=0.05)
+    first = step.reg.terms(step.features, step.labels, step.classifier).align.item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        step.loss().backward()
+        optimizer.step()
+    assert step.reg.terms(step.features, step.labels, step.classifier).align.item() < first / 4
+
+
+IMPORTED = """
+import sys
+import torch, einops
+before = set(sys.modules)
+{extra}
+import mvsc
+new = {{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+print(sorted(new))
+"""
+
+
+def imported(extra=""):
+    code = IMPORTED.format(extra=extra)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return output.stdout.strip()
+
+
+def test_importing_mvsc_loads_torch_and_einops_and_nothing_else():
+    assert imported() == "['mvsc']"
+    # The check can fail:
+    assert imported("import iniconfig") == "['iniconfig', 'mvsc']"
