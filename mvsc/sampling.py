@@ -96,14 +96,15 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
         return labels
     flat = labels.flatten()
     pixels = torch.arange(len(flat), device=flat.device)
-    # Sorting by (class, hash) puts the pixels of each class in random order. The hash is a
-    # bijection of the pixel's number, so no two keys are equal and the order is unique.
+    # Sorting by (class, hash) puts the pixels of each class in random order, one after the
+    # other. The hash is a bijection of the pixel's number, so no two keys are equal and the
+    # order is unique.
     keys, order = ((flat << 32) | _mix(_mix(pixels ^ key) ^ key)).sort()
-    classes = torch.arange(num_classes + 1, device=flat.device)
-    first_pixel = torch.searchsorted(keys, classes << 32)
-    first_group = _mix(_mix(classes ^ key) + 1) % groups
     label = keys >> 32
-    group = (pixels - first_pixel[label] + first_group[label]) % groups
+    # Dealt in turn from a random first group, so the remainder goes to random groups.
+    classes = torch.arange(num_classes + 1, device=flat.device)
+    first_group = _mix(_mix(classes ^ key) + 1) % groups
+    group = (pixels + first_group[label]) % groups
     cells = torch.where(label < num_classes, group * num_classes + label, groups * num_classes)
     return torch.empty_like(flat).scatter(0, order, cells).view_as(labels)
 

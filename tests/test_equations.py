@@ -180,6 +180,19 @@ def test_nothing_present_gives_exactly_zero_with_zero_gradients(term):
     assert_close(vectors.grad, torch.zeros(2, 3, 4), rtol=0, atol=0)
 
 
+def test_what_the_classifier_answers_for_an_absent_cell_never_matters():
+    present = torch.tensor([[True, False]])
+    logits = torch.tensor([[1.0, 1.0], [torch.inf, torch.nan]])
+    loss = centroid_classification_loss(torch.zeros(1, 2, 3), present, lambda v: logits)
+    assert_close(loss.item(), math.log(2))
+
+
+def test_an_empty_batch_is_clean_under_anomaly_detection():
+    means = torch.randn(1, 2, 3, requires_grad=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        alignment_loss(means, torch.randn(2, 3), ~ALL, 0.07).backward()
+
+
 def test_a_nan_in_a_present_mean_stays_visible():
     means = torch.randn(1, 2, 3)
     means[0, 0, 0] = torch.nan

@@ -1,0 +1,234 @@
+"""How fast is ``mvsc.segment_mean``, beside every other way to average pixels by cell?
+
+    python benchmarks/bench_segment_mean.py            # writes benchmarks/results/
+    python benchmarks/bench_segment_mean.py --quick    # tiny: checks equality, writes nothing
+
+Every way is first compared with a float64 reference. Times are medians of interleaved runs. The
+memory's limits, a plain read and a plain write of the same map, are measured in the same run:
+forward has to read the map once, backward to write its gradient once.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from measure import medians, write
+from torch import Tensor
+from torch.testing import assert_close
+
+from mvsc import segment_mean
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PAPER = (171, 4)
+"""Classes of COCO-Stuff and the paper's best number of groups."""
+
+Way = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def ours(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    return segment_mean(features, cells, num_cells)[0]
+
+
+def python_loop(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    """Index the map by a mask for each cell, as research code does."""
+    rows, index = _rows(features), cells.flatten()
+    means = [
+        rows[mask].float().mean(0)
+        if (mask := index == cell).any()
+        else rows.new_zeros(rows.shape[1])
+        for cell in range(num_cells)
+    ]
+    return torch.stack(means)
+
+
+def one_hot_matmul(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    rows = _rows(features).to(_wide(features))
+    one_hot = F.one_hot(cells.flatten(), num_cells + 1)[:, :num_cells].to(rows.dtype)
+    return (one_hot.T @ rows) / _counts(cells, num_cells)
+
+
+def rows_index_add(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    rows = _rows(features).to(_wide(features))
+    sums = rows.new_zeros(num_cells + 1, rows.shape[1]).index_add(0, cells.flatten(), rows)
+    return sums[:num_cells] / _counts(cells, num_cells)
+
+
+def rows_scatter_reduce(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    rows = _rows(features).to(_wide(features))
+    index = cells.flatten().unsqueeze(1).expand_as(rows)
+    means = rows.new_zeros(num_cells + 1, rows.shape[1])
+    return means.scatter_reduce(0, index, rows, "mean", include_self=False)[:num_cells]
+
+
+def pixels_scatter_add(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    flat = features.flatten(2).to(_wide(features))
+    index = cells.flatten(1).unsqueeze(1).expand_as(flat)
+    sums = flat.new_zeros(*flat.shape[:2], num_cells + 1).scatter_add(2, index, flat).sum(0)
+    return sums[:, :num_cells].T / _counts(cells, num_cells)
+
+
+def sort_segment_reduce(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    index, order = cells.flatten().sort()
+    rows = _rows(features).to(_wide(features))[order]
+    lengths = torch.bincount(index, minlength=num_cells + 1)
+    return torch.segment_reduce(rows, "mean", lengths=lengths, initial=0)[:num_cells]
+
+
+def sort_embedding_bag(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+    index, order = cells.flatten().sort()
+    starts = torch.searchsorted(index, torch.arange(num_cells + 1, device=index.device))
+    rows = _rows(features).to(_wide(features))
+    return F.embedding_bag(order, rows, starts, mode="sum")[:num_cells] / _counts(cells, num_cells)
+
+
+WAYS: dict[str, Way] = {
+    "mvsc.segment_mean": ours,
+    "Python loop over cells": python_loop,
+    "one-hot matmul": one_hot_matmul,
+    "rows + index_add": rows_index_add,
+    "rows + scatter_reduce": rows_scatter_reduce,
+    "pixel axis + scatter_add": pixels_scatter_add,
+    "sort + segment_reduce": sort_segment_reduce,
+    "sort + embedding_bag": sort_embedding_bag,
+}
+SLOW = ("Python loop over cells", "one-hot matmul", "sort + segment_reduce")
+
+try:
+    from torch_scatter import scatter_mean
+except ImportError:
+    pass
+else:
+
+    def torch_scatter_mean(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
+        rows = _rows(features).to(_wide(features))
+        return scatter_mean(rows, cells.flatten(), dim=0, dim_size=num_cells + 1)[:num_cells]
+
+    WAYS["torch_scatter.scatter_mean"] = torch_scatter_mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, equality only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device, quick = torch.device(arguments.device), arguments.quick
+
+    size = 8 if quick else 128
+    rounds = 1 if quick else 15
+    every_way = [
+        row
+        for dtype in DTYPES
+        for layout in LAYOUTS
+        for row in compare(device, layout, dtype, size, *PAPER, rounds, WAYS)
+    ]
+    fast = {name: way for name, way in WAYS.items() if name not in SLOW}
+    cells = [
+        row
+        for classes in (19, 150, 171, 1000)
+        for groups in (1, 4, 8)
+        for layout in LAYOUTS
+        for row in compare(device, layout, torch.float32, size, classes, groups, rounds, fast)
+    ]
+    sizes = [
+        row
+        for each in ((4, 8) if quick else (64, 128, 256))
+        for layout in LAYOUTS
+        for row in compare(device, layout, torch.float32, each, *PAPER, rounds, fast)
+    ]
+    if not quick:
+        titles = (
+            "Every way, layout and dtype (B=4, D=256, 128 x 128, C=171, G=4)",
+            "Number of cells (float32, the ways that are not hopeless)",
+            "Size of the map (float32, C=171, G=4)",
+        )
+        write(
+            "bench_segment_mean", device, dict(zip(titles, (every_way, cells, sizes), strict=True))
+        )
+
+
+def compare(
+    device: torch.device,
+    layout: str,
+    dtype: torch.dtype,
+    size: int,
+    classes: int,
+    groups: int,
+    rounds: int,
+    ways: dict[str, Way],
+) -> list[dict[str, object]]:
+    """Check that all ways agree, then time them on one map; one row for each."""
+    generator = torch.Generator().manual_seed(0)
+    dim, num_cells = (8, classes * groups) if size < 64 else (256, classes * groups)
+    features = torch.randn(4, dim, size, size, generator=generator).to(device, dtype)
+    features = features.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    # Regions of 8 x 8 pixels of a class, each pixel in a random group, as in training.
+    blocks = torch.randint(0, classes, (4, size // 4, size // 4), generator=generator)
+    labels = blocks.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    group = torch.randint(0, groups, labels.shape, generator=generator)
+    cells = (group * classes + labels).to(device)
+
+    reference = rows_index_add(features.detach().double(), cells, num_cells)
+    sent = torch.randn(reference.shape, generator=generator).to(device)
+    exact = features.detach().double().requires_grad_()
+    rows_index_add(exact, cells, num_cells).backward(sent.double())
+    forward, both = {}, {}
+    for name, way in ways.items():
+        means = way(features, cells, num_cells)
+        assert_close(means.double(), reference, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+        (gradient,) = torch.autograd.grad(means, features, sent.to(means.dtype))
+        wide = {"rtol": 2e-2, "atol": 1e-4} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-6}
+        assert_close(gradient.double(), exact.grad, **wide, msg=lambda m, n=name: n + m)
+        forward[name] = partial(way, features.detach(), cells, num_cells)
+        both[name] = partial(_forward_backward, way, features, cells, num_cells, sent)
+    limits = {"read": features.detach().sum, "write": partial(torch.full_like, features, 1.0)}
+    few = {name: 1 + rounds // 5 if name in SLOW else rounds for name in ways}
+    fast = [name for name in ways if name not in SLOW]
+    times = medians({**limits, **{name: both[name] for name in fast}}, rounds)
+    limit = times["read"] + times["write"]
+    forward_times = medians({name: forward[name] for name in fast}, rounds)
+    for name in ways.keys() - set(fast):
+        times |= medians({name: both[name]}, few[name])
+        forward_times |= medians({name: forward[name]}, few[name])
+    return [
+        {
+            "dtype": str(dtype).removeprefix("torch."),
+            "layout": layout,
+            "C": classes,
+            "G": groups,
+            "map": f"{size} x {size}",
+            "way": name,
+            "forward ms": forward_times[name],
+            "forward + backward ms": times[name],
+            "over read + write": times[name] / limit,
+            "read ms": times["read"],
+            "write ms": times["write"],
+        }
+        for name in ways
+    ]
+
+
+def _forward_backward(
+    way: Way, features: Tensor, cells: Tensor, num_cells: int, sent: Tensor
+) -> None:
+    means = way(features, cells, num_cells)
+    torch.autograd.grad(means, features, sent.to(means.dtype))
+
+
+def _rows(features: Tensor) -> Tensor:
+    return features.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _wide(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def _counts(cells: Tensor, num_cells: int) -> Tensor:
+    counts = torch.bincount(cells.flatten(), minlength=num_cells + 1)[:num_cells]
+    return counts.clamp_min(1).unsqueeze(1)
+
+
+if __name__ == "__main__":
+    main()

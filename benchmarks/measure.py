@@ -1,0 +1,76 @@
+"""What the benchmarks share: interleaved medians, and results as JSON and a Markdown table."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def medians(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Time each way once a round, in turn, and return the median of each in milliseconds.
+
+    In turn, because a machine's speed drifts: ways that are compared share every phase of it.
+    """
+    timers = {
+        name: Timer("way()", globals={"way": way}, num_threads=torch.get_num_threads())
+        for name, way in ways.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(1).median * 1e3)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe where the numbers come from."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].split(":", 1)[1].strip() if names else processor
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Render rows with the same keys as a Markdown table; numbers to three digits."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(name: str, device: torch.device, tables: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the tables and keep them as ``results/<name>-<device>.json`` and ``.md``."""
+    where = machine(device)
+    text = "\n\n".join(
+        [
+            f"`python benchmarks/{name}.py` on "
+            + ", ".join(f"{key} {value}" for key, value in where.items()),
+            *(f"**{title}**\n\n{table(rows)}" for title, rows in tables.items() if rows),
+        ]
+    )
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    document = json.dumps({"machine": where, "tables": tables}, indent=1)
+    for suffix, content in (("json", document), ("md", text + "\n")):
+        path = RESULTS / f"{name}-{device.type}.{suffix}"
+        partial = path.with_suffix(path.suffix + ".partial")
+        partial.write_text(content)
+        partial.replace(path)
