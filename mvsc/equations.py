@@ -40,7 +40,7 @@ def class_group_means(sums: Tensor, counts: Tensor, groups: int) -> tuple[Tensor
 
     Args:
         sums: sum of the features of each cell, shape ``(groups * num_classes, dim)``, group by
-            group, as :func:`mvsc.segment.segment_sum` returns it.
+            group, as ``mvsc.segment.segment_sum`` returns it.
         counts: number of pixels of each cell, shape ``(groups * num_classes,)``, integer.
         groups: G, the number of groups.
 
