@@ -6,6 +6,7 @@ examples/mmseg/requirements.txt is installed.
 
 import copy
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +33,14 @@ from mmseg.structures import SegDataSample
 from mvsc import MVSCRegularizer
 from mvsc.integrations.mmseg import MVSCEncoderDecoder
 
-CONFIGS = Path(__file__).parents[1] / "examples/mmseg/configs"
+EXAMPLE = Path(__file__).parents[1] / "examples/mmseg"
+CONFIGS = EXAMPLE / "configs"
 SEGFORMER_B0_ADE20K = "mvsc_segformer_mit-b0_1xb16-20k_ade20k-512x512.py"
 SEGFORMER_B4_COCO = "mvsc_segformer_mit-b4_1xb16-80k_coco-stuff10k-512x512.py"
 DEEPLAB_COCO = "mvsc_deeplabv3plus_r50-d8_1xb16-80k_coco-stuff10k-512x512.py"
 ALL = [SEGFORMER_B0_ADE20K, SEGFORMER_B4_COCO, DEEPLAB_COCO]
+BASE = "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
+README_BLOCKS = re.findall(r"```python\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
 TERMS = ["mvsc.loss_align", "mvsc.loss_pull", "mvsc.loss_classify"]
 
 
@@ -65,7 +69,7 @@ def write_images(config: Config, size: tuple[int, int] = (48, 64)) -> None:
             Image.fromarray(labels).save(root / data.data_prefix.seg_map_path / f"{index}{suffix}")
 
 
-def shrunk(name: str) -> Config:
+def shrunk(name: str | Path) -> Config:
     """Load a shipped config and make it small enough for a CPU: nothing else is changed."""
     config = Config.fromfile(CONFIGS / name)
     model = config.model
@@ -105,6 +109,14 @@ def build(model: ConfigDict) -> MVSCEncoderDecoder:
     built = MODELS.build(copy.deepcopy(model))
     built.init_weights()
     return revert_sync_batchnorm(built)
+
+
+def plain(model: ConfigDict) -> torch.nn.Module:
+    """Build the same model as mmseg does without mvsc."""
+    model = copy.deepcopy(model)
+    model.type = "EncoderDecoder"
+    del model.mvsc
+    return build(model)
 
 
 def batch(classes: int, size: int = 32) -> tuple[torch.Tensor, list[SegDataSample]]:
@@ -191,16 +203,13 @@ def test_centroids_move_and_are_in_the_checkpoint(run: SimpleNamespace) -> None:
 def test_a_plain_encoder_decoder_predicts_the_same_bits_from_the_checkpoint(
     run: SimpleNamespace,
 ) -> None:
-    config = copy.deepcopy(run.config.model)
-    config.type = "EncoderDecoder"
-    del config.mvsc
-    plain = build(config)
-    keys = plain.load_state_dict(load(run.checkpoint), strict=False)
+    model = plain(run.config.model)
+    keys = model.load_state_dict(load(run.checkpoint), strict=False)
     assert keys.missing_keys == []
     assert sorted(keys.unexpected_keys) == ["mvsc_head.centroids", "mvsc_head.step"]
     images, _ = batch(classes=3)
     with torch.no_grad():
-        expected = plain.eval()(images, mode="tensor")
+        expected = model.eval()(images, mode="tensor")
         assert_close(run.runner.model.eval()(images, mode="tensor"), expected, rtol=0, atol=0)
 
 
@@ -229,23 +238,40 @@ def test_the_runner_resumes_centroids_and_step(
 @pytest.mark.parametrize("name", ALL)
 def test_the_model_starts_with_the_weights_of_the_plain_one(name: str) -> None:
     config = shrunk(name).model
-    plain = copy.deepcopy(config)
-    plain.type = "EncoderDecoder"
-    del plain.mvsc
     torch.manual_seed(0)
-    expected = build(plain).state_dict()
+    expected = plain(config).state_dict()
     torch.manual_seed(0)
     state = build(config).state_dict()
     assert_close({key: state[key] for key in expected}, expected, rtol=0, atol=0)
 
 
-def test_two_lines_of_config_give_the_centroids_the_learning_rate_of_the_head() -> None:
-    config = shrunk(SEGFORMER_B0_ADE20K)
-    del config.optim_wrapper.paramwise_cfg.custom_keys["mvsc_head"]
+@pytest.mark.parametrize("lines", [2, 3])
+def test_the_lines_of_the_readme_turn_a_config_of_mmseg_into_one_with_centroids(
+    tmp_path: Path, lines: int
+) -> None:
+    written = README_BLOCKS[0] if lines == 3 else README_BLOCKS[0].partition("optim_wrapper")[0]
+    (tmp_path / "config.py").write_text(f"_base_ = {BASE!r}\n{written}")
+    config = shrunk(tmp_path / "config.py")
     model = build(config.model)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     (group,) = [g for g in wrapper.param_groups if g["params"][0] is model.mvsc_head.centroids]
-    assert group["lr"] == 10 * config.optim_wrapper.optimizer.lr
+    head = config.optim_wrapper.paramwise_cfg.custom_keys["head"]
+    assert group["lr"] == head.lr_mult * config.optim_wrapper.optimizer.lr
+    assert group["weight_decay"] == (
+        0 if lines == 3 else config.optim_wrapper.optimizer.weight_decay
+    )
+    assert set(TERMS) <= set(model.loss(*batch(classes=150)))
+
+
+def test_the_readme_makes_a_file_that_needs_no_mvsc(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("iter_20000.pth").symlink_to(run.checkpoint)
+    exec(README_BLOCKS[1])
+    checkpoint = torch.load("model.pth", weights_only=True)
+    assert len(checkpoint["meta"]["dataset_meta"]["classes"]) in (150, 171)
+    plain(run.config.model).load_state_dict(checkpoint["state_dict"], strict=True)
 
 
 def spy_on_terms(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
