@@ -1,0 +1,648 @@
+import copy
+import io
+import logging
+import weakref
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from mvsc import MVSCRegularizer
+from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach
+
+CLASSES, DIM = 5, 8
+
+
+class Net(nn.Module):
+    """An encoder, perhaps a dropout, and a 1x1 classifier, as a user would write them."""
+
+    def __init__(self, dropout: nn.Module | None = None, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, DIM, 3, padding=1), nn.BatchNorm2d(DIM), nn.ReLU(inplace=True)
+        )
+        self.dropout = dropout or nn.Identity()
+        self.classifier = nn.Conv2d(DIM, classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.encoder(images)))
+
+
+class NetWithLoss(Net):
+    """A model that computes its own loss, in the way of transformers."""
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, return_dict: bool = True
+    ) -> SimpleNamespace | tuple[Tensor, Tensor]:
+        logits = super().forward(images)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SimpleNamespace(loss=loss, logits=logits) if return_dict else (loss, logits)
+
+
+class TwoHeads(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.boundary = nn.Conv2d(DIM, CLASSES, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(images)
+        return self.classifier(features), self.boundary(features)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.randint(0, CLASSES, (2, 12, 12))
+
+
+def first_grad(model: nn.Module) -> Tensor:
+    grad = model.encoder[0].weight.grad
+    assert grad is not None
+    return grad
+
+
+# What is attached computes what the explicit form computes.
+
+
+def test_loss_and_gradients_are_those_of_the_explicit_form(images, labels):
+    model = Net()
+    twin = copy.deepcopy(model)
+    reg = attach(model, groups=2)
+    explicit = MVSCRegularizer(CLASSES, DIM, groups=2)
+
+    loss = F.cross_entropy(model(images), labels) + reg(labels)
+    loss.backward()
+    features = twin.encoder(images)
+    expected = F.cross_entropy(twin.classifier(features), labels)
+    expected = expected + explicit(features, labels, twin.classifier)
+    expected.backward()
+
+    assert_close(loss, expected)
+    assert_close(reg.regularizer.centroids.grad, explicit.centroids.grad)
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(parameter.grad, other.grad)
+
+
+def test_terms_and_their_total_stand_in_for_a_call(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    terms = reg.terms(labels)
+    assert terms._fields == ("align", "pull", "classify")
+    reg.detach()
+    reg = attach(model)
+    model(images)
+    assert_close(reg.total(terms), reg(labels))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout2d])
+def test_features_come_from_before_the_dropout(images, labels, kind, inplace):
+    model = Net(kind(0.9, inplace=inplace))
+    model.encoder[2] = nn.Softplus()  # Its backward, unlike ReLU's, does not need its output.
+    reg = attach(model)
+    explicit = MVSCRegularizer(CLASSES, DIM)
+    model(images)
+    loss = reg(labels)
+    expected = explicit(model.encoder(images), labels, model.classifier)
+    assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, model.encoder[0].weight)[0] for x in (loss, expected)]
+    assert_close(*gradients)
+
+
+def test_a_dropout_elsewhere_is_not_taken_for_the_one_before_the_classifier(images, labels):
+    class Elsewhere(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier(self.encoder(self.dropout(images)))
+
+    model = Elsewhere(nn.Dropout(0.5))
+    reg = attach(model)
+    entered = []
+    model.classifier.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    model(images)
+    assert reg._tap.features is entered[0]
+
+
+def test_a_linear_classifier_reads_the_last_axis(images, labels):
+    class LastAxis(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(DIM, CLASSES)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier(self.encoder(images).movedim(1, -1)).movedim(-1, 1)
+
+    model = LastAxis()
+    reg = attach(model, classifier="classifier")
+    model(images)
+    expected = MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
+    assert_close(reg(labels), expected)
+    assert attach(LastAxis(), example=images).classifier_path == "classifier"
+
+
+def test_a_few_steps_move_the_centroids_and_lower_the_loss(images, labels):
+    model = Net()
+    reg = attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.add_param_group(reg.param_group(lr=0.5))
+    before = reg.regularizer.centroids.detach().clone()
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(model(images), labels) + reg(labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert not torch.equal(before, reg.regularizer.centroids)
+    assert optimizer.param_groups[1]["weight_decay"] == 0
+
+
+def test_features_in_bfloat16_are_welcome(images, labels):
+    model = Net()
+    reg = attach(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(images), labels) + reg(labels)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert float(first_grad(model).norm()) > 0
+
+
+# The model stays what it was.
+
+
+def test_keys_parameters_and_outputs_of_the_model_do_not_change(images, labels):
+    model = Net(nn.Dropout(0.5))
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    logits = model.eval()(images)
+    with attach(model) as reg:
+        assert list(model.state_dict()) == keys
+        assert list(map(id, model.parameters())) == list(map(id, parameters))
+        assert torch.equal(model(images), logits)
+        assert list(reg.state_dict()) == ["regularizer.centroids", "regularizer.step"]
+        assert [p.shape for p in reg.parameters()] == [(4, CLASSES, DIM)]
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(images), logits)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_attach_and_the_loss_leave_the_global_random_state_alone(images, labels):
+    model = Net()
+    state = torch.get_rng_state()
+    reg = attach(model, example=images)
+    model(images)
+    reg(labels)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_with_dropout_sees_the_same_masks_as_without(images, labels):
+    model = Net(nn.Dropout(0.5))
+    torch.manual_seed(1)
+    logits = model(images)
+    attach(model)
+    torch.manual_seed(1)
+    assert torch.equal(model(images), logits)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_the_model_can_be_copied_averaged_and_pickled_after_a_forward(images, labels, used):
+    model = Net(nn.Dropout(0.5))
+    reg = attach(model)
+    model(images)
+    if used:
+        reg(labels).backward()
+    copy.deepcopy(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    restored = torch.load(file, weights_only=False)
+    assert_close(restored.state_dict(), model.state_dict())
+    restored(images)
+
+
+def test_a_copy_of_the_model_does_not_write_into_the_tap(images, labels):
+    model = Net()
+    reg = attach(model)
+    teacher = copy.deepcopy(model)
+    assert teacher.training
+    expected = model(images)
+    features = reg._tap.features
+    teacher(torch.randn_like(images))
+    assert reg._tap.features is features
+    (F.cross_entropy(expected, labels) + reg(labels)).backward()
+    assert attach(teacher).classifier_path == "classifier"
+
+
+def test_a_copy_of_the_regularizer_is_attached_to_nothing(images, labels):
+    reg = attach(Net())
+    with pytest.raises(RuntimeError, match=r"attached to no model.*Call mvsc\.attach"):
+        copy.deepcopy(reg)(labels)
+
+
+def test_nothing_keeps_the_features_alive_after_backward(images, labels):
+    model = Net(nn.Dropout(0.5))
+    reg = attach(model)
+    logits = model(images)
+    features = weakref.ref(reg._tap.features)
+    loss = F.cross_entropy(logits, labels) + reg(labels)
+    loss.backward()
+    del loss, logits
+    assert features() is None
+
+
+# Never silent.
+
+
+def test_a_loss_without_a_forward_raises(labels):
+    with pytest.raises(RuntimeError, match=r"no forward ran since.*torch\.compiler\.reset\(\)"):
+        attach(Net())(labels)
+
+
+def test_a_second_loss_of_one_forward_raises(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    reg(labels)
+    with pytest.raises(RuntimeError, match=r"used up.*once for each forward"):
+        reg(labels)
+
+
+def test_two_forwards_before_one_loss_raise_and_keep_no_graph(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    model(images)
+    assert reg._tap.features is None
+    with pytest.raises(RuntimeError, match=r"ran more than once.*reg\.discard\(\)"):
+        reg(labels)
+    model(images)
+    assert reg(labels).item() > 0
+
+
+def test_discard_forgets_a_forward(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(torch.randn_like(images))
+    reg.discard()
+    model(images)
+    assert_close(
+        reg(labels), MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
+    )
+
+
+def test_a_forward_in_evaluation_mode_raises(images, labels):
+    model = Net().eval()
+    reg = attach(model)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"evaluation mode.*Call model\.train\(\)"):
+        reg(labels)
+
+
+def test_a_forward_without_gradients_raises(images, labels):
+    model = Net()
+    reg = attach(model)
+    with torch.no_grad():
+        model(images)
+    with pytest.raises(RuntimeError, match=r"without gradients.*use_reentrant=False"):
+        reg(labels)
+
+
+def test_an_evaluation_between_forward_and_loss_does_not_matter(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    with torch.no_grad():
+        model.eval()(torch.randn_like(images))
+    model.train()
+    features = reg._tap.features
+    assert features is not None
+    assert reg(labels).item() > 0
+
+
+def test_frozen_features_raise(images, labels):
+    model = Net()
+    model.encoder.requires_grad_(False)
+    reg = attach(model)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"no gradient.*frozen.*Unfreeze"):
+        reg(labels)
+
+
+def test_reentrant_checkpointing_raises(images, labels):
+    model = Net()
+    reg = attach(model)
+    checkpoint(model, images.requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        reg(labels)
+
+
+def test_checkpointing_gives_the_gradients_of_a_plain_forward(images, labels):
+    gradients = []
+    for forward in (
+        lambda net: net(images),
+        lambda net: checkpoint(net, images, use_reentrant=False),
+    ):
+        torch.manual_seed(1)
+        model = Net(nn.Dropout(0.5))
+        reg = attach(model)
+        for _ in range(2):  # A replay must not be taken for a forward of the next step.
+            (F.cross_entropy(forward(model), labels) + reg(labels)).backward()
+        gradients.append(first_grad(model))
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.5)])
+def test_a_change_in_place_after_the_tap_raises(images, labels, dropout):
+    class Changing(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.encoder(images)
+            logits = self.classifier(self.dropout(features))
+            features.mul_(2)
+            return logits
+
+    model = Changing(dropout)
+    reg = attach(model)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"changed in place.*inplace=False"):
+        reg(labels)
+
+
+def test_a_detached_regularizer_raises(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    reg.detach()
+    with pytest.raises(RuntimeError, match="detached"):
+        reg(labels)
+
+
+def test_a_second_attach_raises_until_the_first_is_detached():
+    model = Net()
+    reg = attach(model)
+    with pytest.raises(ValueError, match=r"one regularizer at a time.*detach\(\)"):
+        attach(model)
+    reg.detach()
+    attach(model)
+
+
+def test_bad_labels_raise_as_in_the_explicit_form(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    with pytest.raises(TypeError, match=r"Use labels\.long\(\)"):
+        reg(labels.float())
+
+
+# Wrapped models.
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_trains_as_an_eager_one(images, labels, backend):
+    torch.compiler.reset()
+    gradients = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = Net()
+        run = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        reg = attach(run)
+        assert reg.classifier_path == "classifier"
+        for _ in range(2):
+            (F.cross_entropy(run(images), labels) + reg(labels)).backward()
+        gradients.append(first_grad(model))
+    assert_close(*gradients)
+
+
+def test_a_model_compiled_and_run_before_attach_raises_until_reset(images, labels):
+    torch.compiler.reset()
+    model = Net()
+    run = torch.compile(model, backend="eager")
+    run(images)
+    reg = attach(run)
+    run(images)
+    with pytest.raises(RuntimeError, match=r"compiled and called before attach"):
+        reg(labels)
+    torch.compiler.reset()
+    run(images)
+    assert reg(labels).item() > 0
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(ValueError, match=r"DataParallel.*Use DistributedDataParallel"):
+        attach(nn.DataParallel(Net()))
+
+
+def test_a_replica_of_data_parallel_raises(images):
+    model = Net()
+    attach(model)
+    model.classifier._is_replica = True  # As nn.DataParallel marks what it runs in its threads.
+    with pytest.raises(RuntimeError, match="Use DistributedDataParallel"):
+        model(images)
+
+
+def test_a_model_must_be_a_module():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        attach("segformer")
+
+
+def test_the_regularizer_is_on_the_device_of_the_model():
+    assert attach(Net().to("meta")).regularizer.centroids.device.type == "meta"
+
+
+# add_to_loss.
+
+
+def test_add_to_loss_adds_the_loss_where_labels_come_in(images, labels):
+    model = NetWithLoss()
+    expected = model(images, labels).loss + MVSCRegularizer(CLASSES, DIM)(
+        model.encoder(images), labels, model.classifier
+    )
+    for arguments in ({"labels": labels}, {"labels": labels, "return_dict": False}):
+        with attach(model, add_to_loss=True):
+            output = model(images, **arguments)
+            assert_close(output.loss if "return_dict" not in arguments else output[0], expected)
+    with attach(model, add_to_loss=True):
+        assert_close(model(images, labels).loss, expected)  # By position.
+
+
+def test_add_to_loss_leaves_forwards_without_labels_or_training_alone(images, labels):
+    model = NetWithLoss()
+    loss = model.eval()(images, labels).loss
+    with attach(model, add_to_loss=True):
+        assert torch.equal(model(images, labels).loss, loss)
+        model.train()
+        assert model(images).loss is None
+
+
+def test_add_to_loss_does_nothing_in_a_copy(images, labels):
+    model = NetWithLoss()
+    loss = model(images, labels).loss
+    attach(model, add_to_loss=True)
+    assert_close(copy.deepcopy(model)(images, labels).loss, loss)
+
+
+def test_add_to_loss_needs_a_model_that_takes_labels():
+    with pytest.raises(ValueError, match=r"Net, which takes images\. Add reg\(labels\)"):
+        attach(Net(), add_to_loss=True)
+
+
+def test_add_to_loss_needs_a_loss(images, labels):
+    class NoLoss(NetWithLoss):
+        def forward(self, images: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+            return super().forward(images)
+
+    model = NoLoss()
+    attach(model, add_to_loss=True)
+    with pytest.raises(RuntimeError, match="NoLoss returned no loss"):
+        model(images, labels=labels)
+
+
+# Finding the classifier.
+
+
+def test_the_only_layer_that_nothing_reads_is_taken_and_said_so_once(caplog):
+    with caplog.at_level(logging.INFO, "mvsc"):
+        attach(Net())
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "took 'classifier', the only candidate, for the classifier; example= proves it",
+        "attached to classifier 'classifier' of Net",
+    ]
+
+
+def test_as_many_classes_as_image_channels_are_no_obstacle():
+    assert attach(Net(classes=3)).classifier_path == "classifier"
+
+
+def test_a_path_or_a_module_names_the_classifier():
+    model = TwoHeads()
+    assert attach(model, classifier="boundary").classifier_path == "boundary"
+    assert attach(model, classifier=model.classifier).classifier_path == "classifier"
+
+
+def test_a_named_module_may_hold_the_classifier():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, DIM, 3), "head": nn.Sequential()})
+    model["head"].extend([nn.Dropout(), nn.Conv2d(DIM, CLASSES, 1), nn.Upsample(scale_factor=2)])
+    assert attach(model, classifier="head").classifier_path == "head.1"
+
+
+def test_a_named_module_without_one_linear_layer_raises():
+    with pytest.raises(
+        ValueError, match=r"or hold just one, got Sequential 'encoder' with.*0 \(Conv"
+    ):
+        attach(Net(), classifier="encoder")
+
+
+def test_a_wrong_path_shows_the_nearest():
+    with pytest.raises(ClassifierNotFoundError, match=r"got 'clasifier'.*nearest are 'classifier'"):
+        attach(Net(), classifier="clasifier")
+
+
+def test_a_module_of_another_model_raises():
+    with pytest.raises(ValueError, match="a module of the model, got a Conv2d outside of it"):
+        attach(Net(), classifier=Net().classifier)
+
+
+def test_two_heads_are_listed_with_the_line_to_write():
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(TwoHeads())
+    message = str(error.value)
+    assert "classifier: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
+    assert "boundary: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
+    assert 'mvsc.attach(model, classifier="boundary")' in message
+
+
+def test_auxiliary_heads_and_linear_layers_are_listed_but_not_taken(images):
+    model = Net()
+    model.aux_head = nn.Conv2d(DIM, CLASSES, 1)
+    model.scene = nn.Linear(DIM, 7)
+    assert attach(model).classifier_path == "classifier"
+    del model.classifier
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert "aux_head: Conv2d 1x1, 8 -> 5: auxiliary, by its name" in str(error.value)
+    assert "scene: Linear, 8 -> 7: a Linear, which may" in str(error.value)
+
+
+def test_a_model_without_a_candidate_says_so():
+    with pytest.raises(ClassifierNotFoundError, match="none: no Conv2d or Linear whose output"):
+        attach(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+
+
+def test_an_example_tells_two_heads_apart(images):
+    assert attach(TwoHeads(), example=images).classifier_path == "classifier"
+
+
+@pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: {"images": x}, lambda x: x])
+def test_an_example_may_be_a_tensor_or_arguments(images, wrap):
+    assert attach(NetWithLoss(), example=wrap(images)).classifier_path == "classifier"
+
+
+def test_an_example_refutes_a_wrong_name(images):
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(TwoHeads(), classifier="boundary", example=images)
+    assert "boundary: Conv2d 1x1, 8 -> 5: its output is not the logits" in str(error.value)
+    assert "classifier: Conv2d 1x1, 8 -> 5: its output is the logits" in str(error.value)
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_an_example_looks_through_the_upsampling(images, corners):
+    class Upsampling(Net):
+        def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+            logits = super().forward(images)
+            logits = F.interpolate(logits, size=(48, 48), mode="bilinear", align_corners=corners)
+            return OrderedDict(out=logits)
+
+    assert attach(Upsampling(), example=images).classifier_path == "classifier"
+
+
+def test_an_example_refuses_a_classifier_that_is_called_twice(images):
+    class Twice(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + super().forward(images.flip(-1))
+
+    with pytest.raises(ClassifierNotFoundError, match="called 2 times in one forward"):
+        attach(Twice(), example=images)
+
+
+def test_an_example_without_logits_raises(images):
+    class Pooled(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).mean((2, 3))
+
+    with pytest.raises(ValueError, match=r"example must lead to logits.*got \(2, 5\)"):
+        attach(Pooled(), example=images)
+
+
+def test_an_example_leaves_modes_statistics_and_hooks_as_they_were(images):
+    model = Net(nn.Dropout(0.5))
+    model.encoder[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    attach(model, example=images).detach()
+    assert [module.training for module in model.modules()] == modes
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_options_reach_the_regularizer():
+    reg = attach(Net(), groups=2, temperature=0.2, ignore_index=0)
+    assert (reg.regularizer.groups, reg.regularizer.temperature) == (2, 0.2)
+    assert reg.regularizer.ignore_index == 0
+    assert "classifier_path='classifier'" in repr(reg)
+    assert isinstance(reg, AttachedRegularizer)
