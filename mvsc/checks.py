@@ -147,6 +147,19 @@ def check_classifier(classifier: object, dim: int, num_classes: int) -> None:
             f"classifier must read all features at once, got a Conv2d with "
             f"groups={classifier.groups}. Pass a callable that maps (N, {dim}, 1, 1) to logits."
         )
+    if isinstance(classifier, nn.Conv2d) and is_sharded(classifier):
+        kernel = classifier.kernel_size
+        if kernel != (1, 1):
+            raise ValueError(
+                f"classifier must not be sharded on its own if its kernel is larger than 1 x 1, "
+                f"got a sharded Conv2d with kernel_size={kernel}. "
+                "Leave it to the root's fully_shard."
+            )
+
+
+def is_sharded(module: object) -> bool:
+    """Return whether a module's weight is spread over processes (a DTensor of FSDP2)."""
+    return hasattr(getattr(module, "weight", None), "full_tensor")
 
 
 def check_logits(logits: object, count: int, num_classes: int) -> None:
@@ -180,6 +193,15 @@ def warn_of_dropout_and_norm(classifier: object) -> bool:
             stacklevel=4,
         )
     return bool(found)
+
+
+def warn_of_idle_centroids(steps: int) -> None:
+    """Warn that the centroids get a gradient and no optimizer uses it."""
+    warnings.warn(
+        f"the centroids have a gradient but have not changed in {steps} steps: the optimizer does "
+        "not know them. Add optimizer.add_param_group(reg.param_group()).",
+        stacklevel=6,
+    )
 
 
 def check_cells(features: object, cells: object, num_cells: int) -> None:

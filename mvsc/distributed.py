@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -44,6 +44,35 @@ def sum_over_processes(tensor: Tensor, group: Any = None) -> Tensor:
         return tensor
     total: Tensor = _Sum.apply(tensor, group)
     return total
+
+
+def assert_in_sync(regularizer: nn.Module) -> None:
+    """Raise if a regularizer is not bitwise the same on every process.
+
+    A check for the start of a run and after changes to the loop; it communicates, so every process
+    has to call it.
+
+    Args:
+        regularizer: an :class:`mvsc.MVSCRegularizer`, or any module that should be equal.
+
+    Raises:
+        RuntimeError: with the ranks and the tensor that differ.
+
+    Example:
+        >>> assert_in_sync(nn.Linear(2, 3))  # A single process is in sync with itself.
+    """
+    if world_size() == 1:
+        return
+    for name, tensor in regularizer.state_dict().items():
+        copies = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(copies, tensor.contiguous())
+        for other, copied in enumerate(copies):
+            if not torch.equal(copied, copies[0]):
+                raise RuntimeError(
+                    f"{name} must be equal on every process, got ranks 0 and {other} that differ. "
+                    'Build the regularizer with the same seed everywhere, keep sync="auto", and '
+                    "call it equally often on every process."
+                )
 
 
 def _running() -> bool:

@@ -17,6 +17,9 @@ Classifier = nn.Module | Callable[[Tensor], Tensor]
 _STEPS_CHECKED_ON_DEVICE = 3
 """Steps in which labels on a device are read back and checked in full."""
 
+_IDLE_STEPS = 100
+"""Steps without a change after which the centroids count as forgotten by the optimizer."""
+
 
 class MVSCRegularizer(nn.Module):
     """Keep the pixels of a class together in feature space, while training.
@@ -129,6 +132,8 @@ class MVSCRegularizer(nn.Module):
         self.register_buffer("invalid_count", torch.zeros((), dtype=torch.int64), persistent=False)
         self._checks_left = _STEPS_CHECKED_ON_DEVICE
         self._classifier_warned = False
+        self._idle_steps = 0
+        self._version_seen = 0
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -302,15 +307,18 @@ class MVSCRegularizer(nn.Module):
     def _classify(self, vectors: Tensor, classifier: Classifier) -> Tensor:
         """Ask the model's classifier for the class of each of N vectors (R13)."""
         if _is_plain_linear(classifier):
-            weight, bias = _whole(classifier.weight), _whole(classifier.bias)
+            weight = classifier.weight
             # A k x k kernel is summed: the convolution itself would pad the vector with zeros
             # and leave only the centre tap.
             weight = weight.flatten(2).sum(dim=2) if weight.ndim == 4 else weight
-            logits = F.linear(vectors.to(weight.dtype), weight, bias)
+            logits = F.linear(vectors.to(weight.dtype), weight, classifier.bias)
         else:
             parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
             dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
-            logits = classifier(vectors.to(dtype)[:, :, None, None])
+            as_map = not isinstance(classifier, nn.Linear)
+            logits = classifier(
+                vectors.to(dtype)[:, :, None, None] if as_map else vectors.to(dtype)
+            )
             checks.check_logits(logits, len(vectors), self.num_classes)
         return logits.reshape(len(vectors), self.num_classes).to(vectors.dtype)
 
@@ -339,6 +347,19 @@ class MVSCRegularizer(nn.Module):
         replaying = not compiling and torch._C._current_graph_task_id() != -1
         if self.training and not replaying:
             self.step += 1
+            if not compiling:
+                self._notice_idle_centroids()
+
+    def _notice_idle_centroids(self) -> None:
+        """Warn once if no optimizer moves the centroids, though they have a gradient."""
+        # Nothing is read from the device: an optimizer changes the tensor, which autograd counts
+        # (though not for a fused one), and clears its gradient.
+        version = self.centroids._version
+        idle = self.centroids.grad is not None and version == self._version_seen
+        self._idle_steps = self._idle_steps + 1 if idle else 0
+        self._version_seen = version
+        if self._idle_steps == _IDLE_STEPS:
+            checks.warn_of_idle_centroids(_IDLE_STEPS)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
         return torch.promote_types(features.dtype, self.centroids.dtype)
@@ -358,14 +379,14 @@ class MVSCRegularizer(nn.Module):
 
 
 def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    """Tell whether a classifier is a linear map and nothing else (a subclass may do more)."""
+    """Tell whether a classifier is a linear map whose weights can be used without calling it.
+
+    A subclass may do more, and weights that FSDP2 has sharded are gathered, and their gradient
+    averaged, by its hooks: both have to be called.
+    """
     forwards = (nn.Conv2d.forward, nn.Linear.forward)
-    return isinstance(classifier, nn.Conv2d | nn.Linear) and type(classifier).forward in forwards
-
-
-def _whole(parameter: Any) -> Any:
-    """Gather a parameter that FSDP2 has sharded; any other is whole already."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    plain = isinstance(classifier, nn.Conv2d | nn.Linear) and type(classifier).forward in forwards
+    return plain and not checks.is_sharded(classifier)
 
 
 def _capturing(device: torch.device) -> bool:

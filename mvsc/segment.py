@@ -3,6 +3,7 @@
 Everything that is worth optimising is in this file, and nothing else is.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,33 +88,42 @@ def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor
 # bf16), so the gradient is at the memory's limit. On CUDA the same ways are taken; no
 # other was measured there yet.
 
-_BLOCK = 2**22
-"""Elements that are widened to float32 at once: a half-precision map is never copied whole."""
+_BLOCK = 2**14
+"""Pixels that are added at once: a half-precision map is widened by the block, never whole."""
+
+_LONGEST_SUM = 2**16
+"""Pixels after which a new sum is begun: a long float32 sum loses its small addends."""
 
 
 @torch.library.custom_op("mvsc::segment_sum", mutates_args=())
 def _sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     """Sum the pixels of each cell: ``(B, D, h, w)`` and ``(B, h, w)`` to ``(num_cells, D)``."""
-    dim = features.shape[1]
-    dtype = _sum_dtype(features)
-    widened = features.dtype != dtype
-    if _is_channels_last(features):  # The pixels are rows already.
-        rows, index = features.permute(0, 2, 3, 1).reshape(-1, dim), cells.flatten()
-        step = max(1, _BLOCK // max(1, dim) if widened else rows.shape[0])
-        sums = features.new_zeros(num_cells, dim, dtype=dtype)
-        for some_rows, some_index in zip(
-            torch.split(rows, step), torch.split(index, step), strict=True
-        ):
-            sums.index_add_(0, some_index, some_rows.to(dtype))
-        return sums
-    step = max(1, _BLOCK // max(1, cells[0].numel()) if widened and len(cells) else dim)
-    sums = features.new_zeros(dim, num_cells, dtype=dtype)
+    dim, dtype = features.shape[1], _sum_dtype(features)
+    as_rows = _is_channels_last(features)
+    shape = (num_cells, dim) if as_rows else (dim, num_cells)
+    total, sums = features.new_zeros(shape, dtype=dtype), features.new_zeros(shape, dtype=dtype)
+    added = 0
+    for block, index in _blocks(features, cells):
+        if added + len(index) > _LONGEST_SUM:
+            total += sums
+            sums.zero_()
+            added = 0
+        sums.index_add_(0 if as_rows else 1, index, block.to(dtype))
+        added += len(index)
+    total += sums
+    return total if as_rows else total.t().contiguous()
+
+
+def _blocks(features: Tensor, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut the map into blocks of pixels, ``(pixels, D)`` if channels_last, else ``(D, pixels)``."""
+    if _is_channels_last(features):
+        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        pixels = torch.split(rows, _BLOCK), torch.split(cells.flatten(), _BLOCK)
+        yield from zip(*pixels, strict=True)
+        return
     for image, index in zip(features.flatten(2), cells.flatten(1), strict=True):
-        for some_sums, some_channels in zip(
-            torch.split(sums, step), torch.split(image, step), strict=True
-        ):
-            some_sums.index_add_(1, index, some_channels.to(dtype))
-    return sums.t().contiguous()
+        pixels = torch.split(image, _BLOCK, dim=1), torch.split(index, _BLOCK)
+        yield from zip(*pixels, strict=True)
 
 
 @torch.library.custom_op("mvsc::spread", mutates_args=())

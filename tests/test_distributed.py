@@ -1,20 +1,38 @@
-"""Two real processes over gloo on this machine."""
+"""Two and three real processes over gloo on this machine, against a single one."""
 
 import os
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from mvsc import MVSCRegularizer, distributed, equations, sampling
+from mvsc import MVSCRegularizer, assert_in_sync, distributed, equations, sampling
 from mvsc.segment import segment_sum
 
-WORLD = 2
 CLASSES, DIM, GROUPS = 5, 4, 3
+STEPS = 20
+WIRINGS = {
+    "bare": {},
+    "DDP(reg)": {},
+    "submodule": {},
+    "inside forward": {},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "tiny buckets": {"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True},
+    "accumulated": {},
+    "clipped": {},
+    "compiled": {},
+    "FSDP2": {},
+    "FSDP2 child": {},
+    "FSDP2 inside": {},
+}
 
 
 class Segmenter(nn.Module):
@@ -23,112 +41,176 @@ class Segmenter(nn.Module):
         self.encoder = nn.Conv2d(3, DIM, 3, padding=1)
         self.classifier = nn.Conv2d(DIM, CLASSES, 1)
 
-    def forward(self, images):
+    def forward(self, images, labels=None):
         features = self.encoder(images).tanh()
-        return features, self.classifier(features)
+        logits = self.classifier(features)
+        if labels is not None:
+            return logits, self.reg(features, labels, self.classifier)
+        return features, logits
 
 
-def batch(rank, step=0):
+def batch(rank, step):
     """Give each process other classes and sizes, and the second no labelled pixel at times."""
     generator = torch.Generator().manual_seed(10 * step + rank)
     images = torch.randn(1 + rank, 3, 6, 6 + rank, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, 3, (1 + rank, 6, 6 + rank), generator=generator) + 2 * rank
-    if rank == 1 and step % 2:
+    labels = torch.randint(0, 3, (1 + rank, 6, 6 + rank), generator=generator) + rank
+    if rank == 1 and step % 3 == 2:
         labels.fill_(255)
     return images, labels
 
 
-def segmenter():
+def make(**options):
     torch.manual_seed(0)
-    return Segmenter().double()
+    return Segmenter().double(), MVSCRegularizer(CLASSES, DIM, GROUPS, **options).double()
 
 
-def train(wrap, rank):
-    """Take 6 steps of AdamW and return every parameter."""
-    model, reg = segmenter(), MVSCRegularizer(CLASSES, DIM, GROUPS).double()
-    parameters = [*model.parameters(), *reg.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.01)
-    classifier = model.classifier
-    if wrap == "inside":
+def cross_entropy(logits, labels):
+    # Unlike the mean, the sum of nothing is 0.
+    return nn.functional.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / 20
+
+
+def micro_steps(wiring, step):
+    return [2 * step, 2 * step + 1] if wiring == "accumulated" else [step]
+
+
+def train(wiring, rank, steps=STEPS):
+    """Train as the user of a wiring does; return every parameter, whole."""
+    model, reg = make()
+    plain, options = model, WIRINGS[wiring]
+    within = wiring in ("inside forward", "FSDP2 inside")
+    if within or wiring == "submodule":
         model.reg = reg
-    model = DistributedDataParallel(model)
-    if wrap == "own":
-        reg = DistributedDataParallel(reg)
-    for step in range(6):
-        images, labels = batch(rank, step)
+    if wiring.startswith("FSDP2"):
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        if wiring == "FSDP2 child":
+            fully_shard(model.classifier, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = DistributedDataParallel(model, **options)
+    parameters = list(dict.fromkeys([*plain.parameters(), *reg.parameters()]))
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    call = reg
+    if wiring == "DDP(reg)":
+        call = DistributedDataParallel(reg)
+    elif wiring == "compiled":
+        call = torch.compile(reg, fullgraph=True, backend="aot_eager")
+    for step in range(steps):
         optimizer.zero_grad()
-        features, logits = model(images)
-        loss = nn.functional.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
-        (loss + reg(features, labels, classifier)).backward()
+        micro = micro_steps(wiring, step)
+        for number in micro:
+            images, labels = batch(rank, number)
+            last = number == micro[-1]
+            with nullcontext() if last else model.no_sync():
+                if within:
+                    logits, regularization = model(images, labels)
+                else:
+                    features, logits = model(images)
+                    regularization = call(features, labels, plain.classifier)
+                (cross_entropy(logits, labels) + regularization).backward()
+        if wiring == "clipped":
+            nn.utils.clip_grad_norm_(parameters, 0.05)
         optimizer.step()
-    return [parameter.detach().clone() for parameter in parameters]
+    return whole([*plain.encoder.parameters(), *plain.classifier.parameters(), reg.centroids])
+
+
+def whole(parameters):
+    return [
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for p in parameters
+    ]
 
 
 def gradients(rank, **options):
     """Take one step and return the loss and the gradients that the optimizer would see."""
-    model, reg = segmenter(), MVSCRegularizer(CLASSES, DIM, GROUPS, **options).double()
+    model, reg = make(**options)
     parallel = DistributedDataParallel(model)
-    images, labels = batch(rank)
+    images, labels = batch(rank, 0)
     features, logits = parallel(images)
     loss = reg(features, labels, model.classifier)
     (loss + 0 * logits.sum()).backward()
     return loss.detach(), [p.grad for p in [*model.parameters(), *reg.parameters()]]
 
 
-def work(rank, folder):
+def in_sync(reg):
+    try:
+        assert_in_sync(reg)
+    except RuntimeError as error:
+        return str(error)
+    return "in sync"
+
+
+def drifted(rank):
+    reg = MVSCRegularizer(CLASSES, DIM)
+    with torch.no_grad():
+        reg.centroids[0, 0, 0] += rank
+    return in_sync(reg)
+
+
+def sharded_kernel():
+    """Return the message for a 3 x 3 classifier that is sharded on its own."""
+    classifier = nn.Conv2d(DIM, CLASSES, 3, padding=1)
+    fully_shard(classifier, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    features, labels = torch.zeros(1, DIM, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    try:
+        MVSCRegularizer(CLASSES, DIM)(features, labels, classifier)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def work(rank, folder, world, wirings):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=timedelta(seconds=60),
     )
-    alone = [dist.new_group([each]) for each in range(WORLD)][rank]
-    results = {
-        "initial": MVSCRegularizer(CLASSES, DIM).centroids.detach().clone(),
-        **{f"train {wrap}": train(wrap, rank) for wrap in ("bare", "own", "inside")},
-        "local means": gradients(rank),
-        "global means": gradients(rank, sync_means=True),
-        "no sync": gradients(rank, sync=False),
-        "alone": gradients(rank, process_group=alone, sync_means=True),
-        "split": draw(rank),
-    }
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+    results = {wiring: train(wiring, rank) for wiring in wirings}
+    if world == 2:
+        results |= {
+            "initial": MVSCRegularizer(CLASSES, DIM).centroids.detach().clone(),
+            "local means": gradients(rank),
+            "global means": gradients(rank, sync_means=True),
+            "no sync": gradients(rank, sync=False),
+            "alone": gradients(rank, process_group=alone, sync_means=True),
+            "in sync": in_sync(MVSCRegularizer(CLASSES, DIM)),
+            "drifted": drifted(rank),
+            "sharded kernel": sharded_kernel(),
+        }
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def draw(rank):
-    reg = MVSCRegularizer(1, DIM, GROUPS)
-    key = sampling.stream_key(reg.seed, reg.step, distributed.rank())
-    return sampling.draw_groups(torch.zeros(1, 8, 8, dtype=torch.int64), GROUPS, 1, key)
+def spawn(tmp_path_factory, world, wirings):
+    folder = tmp_path_factory.mktemp(f"world{world}")
+    torch.multiprocessing.spawn(work, (folder, world, wirings), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+def two(tmp_path_factory):
+    return spawn(tmp_path_factory, 2, list(WIRINGS))
 
 
-def by_one_process(**options):
-    """Compute what each process should see, one after the other, in this one."""
-    results = []
-    for rank in range(WORLD):
-        model, reg = segmenter(), MVSCRegularizer(CLASSES, DIM, GROUPS, **options).double()
-        images, labels = batch(rank)
-        features, _ = model(images)
-        reg.step += 1
-        key = sampling.stream_key(reg.seed, reg.step, rank)
-        cells = sampling.draw_groups(
-            sampling.labels_on_grid(labels, labels.shape[1:], CLASSES, 255), GROUPS, CLASSES, key
-        )
-        results.append((model, reg, *segment_sum(features, cells, GROUPS * CLASSES)))
-    return results
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    return spawn(tmp_path_factory, 3, ["bare", "FSDP2"])
 
 
-def loss_of_sums(model, reg, sums, counts):
+def cell_sums(model, reg, rank, step):
+    """Repeat in this process what process ``rank`` sums up in its step."""
+    images, labels = batch(rank, step)
+    features, logits = model(images)
+    key = sampling.stream_key(reg.seed, reg.step, rank)
+    grid = sampling.labels_on_grid(labels, labels.shape[1:], CLASSES, 255)
+    cells = sampling.draw_groups(grid, GROUPS, CLASSES, key)
+    return *segment_sum(features, cells, GROUPS * CLASSES), cross_entropy(logits, labels)
+
+
+def loss_of(model, reg, sums, counts):
     means, present = equations.class_group_means(sums, counts, GROUPS)
     order = sampling.draw_halves(GROUPS, sampling.stream_key(reg.seed, reg.step))
     weight, bias = model.classifier.weight[:, :, 0, 0], model.classifier.bias
@@ -146,65 +228,117 @@ def loss_of_sums(model, reg, sums, counts):
     )
 
 
-def test_centroids_start_equal_with_no_communication(processes):
-    assert_close(processes[0]["initial"], processes[1]["initial"], rtol=0, atol=0)
+def trajectory(wiring, world):
+    """Train in this process alone, on the mean of the gradients of all processes."""
+    model, reg = make()
+    parameters = [*model.parameters(), *reg.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for number in micro_steps(wiring, step):
+            reg.step += 1
+            for rank in range(world):
+                sums, counts, ce = cell_sums(model, reg, rank, number)
+                ((ce + loss_of(model, reg, sums, counts)) / world).backward()
+        if wiring == "clipped":
+            nn.utils.clip_grad_norm_(parameters, 0.05)
+        optimizer.step()
+    return whole(parameters)
 
 
-@pytest.mark.parametrize("wrap", ["bare", "own", "inside"])
-def test_every_parameter_stays_bitwise_equal_over_processes(processes, wrap):
-    first, second = (result[f"train {wrap}"] for result in processes)
-    assert_close(first, second, rtol=0, atol=0)
+def one_step(world=2):
+    """Return model, regularizer and the summed cells of each process in its first step."""
+    results = []
+    for rank in range(world):
+        model, reg = make()
+        reg.step += 1
+        results.append((model, reg, *cell_sums(model, reg, rank, 0)[:2]))
+    return results
 
 
-@pytest.mark.parametrize("wrap", ["own", "inside"])
-def test_wrapping_the_regularizer_changes_nothing(processes, wrap):
-    assert_close(processes[0][f"train {wrap}"], processes[0]["train bare"])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_parameters_stay_bitwise_equal_on_two_processes(two, wiring):
+    assert_close(two[0][wiring], two[1][wiring], rtol=0, atol=0)
 
 
-def test_gradients_are_the_means_of_the_single_processes(processes):
-    each = by_one_process()
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_two_processes_walk_the_path_of_the_mean_gradient(two, wiring):
+    assert_close(two[0][wiring], trajectory(wiring, 2), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("wiring", ["bare", "FSDP2"])
+def test_three_processes_walk_the_path_of_the_mean_gradient(three, wiring):
+    for other in three[1:]:
+        assert_close(other[wiring], three[0][wiring], rtol=0, atol=0)
+    assert_close(three[0][wiring], trajectory(wiring, 3), rtol=1e-5, atol=1e-8)
+
+
+def test_centroids_start_equal_with_no_communication(two):
+    assert_close(two[0]["initial"], two[1]["initial"], rtol=0, atol=0)
+
+
+def test_gradients_are_the_means_of_the_single_processes(two):
     expected = []
-    for rank, (model, reg, sums, counts) in enumerate(each):
-        loss = loss_of_sums(model, reg, sums, counts)
-        assert_close(processes[rank]["local means"][0], loss.detach(), rtol=1e-12, atol=0)
+    for rank, (model, reg, sums, counts) in enumerate(one_step()):
+        loss = loss_of(model, reg, sums, counts)
+        assert_close(two[rank]["local means"][0], loss.detach(), rtol=1e-12, atol=0)
         expected.append(torch.autograd.grad(loss, [*model.parameters(), *reg.parameters()]))
-    averaged = [sum(gradients) / WORLD for gradients in zip(*expected, strict=True)]
-    for rank in range(WORLD):
-        assert_close(processes[rank]["local means"][1], averaged, rtol=1e-12, atol=1e-15)
+    averaged = [sum(gradients) / 2 for gradients in zip(*expected, strict=True)]
+    for rank in range(2):
+        assert_close(two[rank]["local means"][1], averaged, rtol=1e-12, atol=1e-15)
 
 
-def test_means_over_processes_are_those_of_the_concatenated_batch(processes):
-    (model, reg, *first), (other, _, *second) = by_one_process()
-    sums, counts = first[0] + second[0], first[1] + second[1]
-    loss = loss_of_sums(model, reg, sums, counts)
+def test_means_over_processes_are_those_of_the_concatenated_batch(two):
+    (model, reg, *first), (other, _, *second) = one_step()
+    loss = loss_of(model, reg, first[0] + second[0], first[1] + second[1])
     # The second process's encoder is a copy: its share of the gradient is added.
     parameters = [*model.parameters(), *reg.parameters()]
     expected = list(torch.autograd.grad(loss, parameters, retain_graph=True))
     shares = torch.autograd.grad(loss, list(other.encoder.parameters()))
     for position, share in enumerate(shares):
         expected[position] = expected[position] + share
-    for rank in range(WORLD):
-        value, gradients = processes[rank]["global means"]
+    for rank in range(2):
+        value, gradients = two[rank]["global means"]
         assert_close(value, loss.detach(), rtol=1e-12, atol=0)
         assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_without_sync_the_centroids_gradients_differ(processes):
-    first, second = (result["no sync"][1][-1] for result in processes)
+def test_without_sync_the_gradients_of_the_centroids_differ(two):
+    first, second = (result["no sync"][1][-1] for result in two)
     assert not torch.allclose(first, second)
-    averaged = processes[0]["local means"][1][-1]
-    assert_close((first + second) / WORLD, averaged, rtol=1e-12, atol=1e-15)
+    averaged = two[0]["local means"][1][-1]
+    assert_close((first + second) / 2, averaged, rtol=1e-12, atol=1e-15)
 
 
-def test_a_process_group_of_one_is_a_single_process(processes):
-    for rank in range(WORLD):
-        loss = processes[rank]["alone"][0]
-        model, reg, sums, counts = by_one_process()[rank]
-        # In a group of its own every process has rank 0.
-        if rank == 0:
-            assert_close(loss, loss_of_sums(model, reg, sums, counts).detach())
-        assert loss.isfinite()
+def test_a_process_group_of_one_is_a_single_process(two):
+    # In a group of its own each process has rank 0, and nothing is summed over the others.
+    model, reg, sums, counts = one_step()[0]
+    assert_close(two[0]["alone"][0], loss_of(model, reg, sums, counts).detach())
+    assert not torch.allclose(two[0]["alone"][1][-1], two[1]["alone"][1][-1])
 
 
-def test_each_process_draws_its_own_split(processes):
-    assert not torch.equal(processes[0]["split"], processes[1]["split"])
+def test_each_process_draws_its_own_split():
+    labels, step = torch.zeros(1, 8, 8, dtype=torch.int64), torch.tensor(1)
+    splits = [
+        sampling.draw_groups(labels, GROUPS, 1, sampling.stream_key(0, step, rank))
+        for rank in range(2)
+    ]
+    assert not torch.equal(*splits)
+
+
+def test_drifted_centroids_are_found(two):
+    for result in two:
+        assert result["in sync"] == "in sync"
+        assert "centroids must be equal on every process, got ranks 0 and 1" in result["drifted"]
+
+
+def test_a_large_kernel_that_is_sharded_on_its_own_is_refused(two):
+    message = two[0]["sharded kernel"]
+    assert message.startswith("classifier must not be sharded on its own")
+    assert "(3, 3)" in message
+    assert message.endswith("Leave it to the root's fully_shard.")
+
+
+def test_a_single_process_is_in_sync_with_itself():
+    assert distributed.world_size() == 1
+    assert_in_sync(MVSCRegularizer(CLASSES, DIM))

@@ -338,6 +338,31 @@ def test_the_parameter_group_has_no_weight_decay_and_takes_overrides():
     assert (group["lr"], group["weight_decay"]) == (0.25, 0.0)
 
 
+def test_centroids_that_no_optimizer_knows_are_noticed_once():
+    step = example()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(250):
+            step.loss().backward()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 1
+    assert "optimizer.add_param_group(reg.param_group())" in messages[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("every", [1, 60])
+def test_an_optimizer_that_knows_the_centroids_is_not_warned_of(options, every):
+    step = example()
+    optimizer = torch.optim.AdamW([step.reg.param_group()], lr=1e-3, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(150):
+            step.loss().backward()
+            if number % every == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16"])
 def test_centroids_keep_float32_and_their_values_when_the_model_is_cast(cast):
     reg = MVSCRegularizer(5, 6)

@@ -134,11 +134,21 @@ def test_half_precision_is_summed_in_float32(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_half_precision_maps_larger_than_a_block_are_summed_whole(layout, monkeypatch):
+def test_the_mean_of_ten_million_pixels_keeps_its_digits(layout):
+    # In one float32 sum 1.3 would count as 1 above 2^23.
+    features = in_layout(torch.full((1, 1, 3163, 3163), 1.3).expand(-1, 2, -1, -1), layout)
+    means, counts = segment_mean(features, torch.zeros(1, 3163, 3163, dtype=torch.int64), 1)
+    assert counts.item() == 3163**2
+    assert_close(means, torch.full((1, 2), 1.3), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_maps_larger_than_a_block_are_summed_whole(layout, monkeypatch):
     features = in_layout(torch.randn(2, 5, 6, 7).bfloat16(), layout)
     cells = torch.randint(0, 4, (2, 6, 7))
     expected, _ = by_loop(features, cells, 3)
     monkeypatch.setattr(segment, "_BLOCK", 16)
+    monkeypatch.setattr(segment, "_LONGEST_SUM", 40)
     means, _ = segment_mean(features, cells, 3)
     assert_close(means.double(), expected, rtol=1e-5, atol=1e-6)
 
