@@ -1,0 +1,210 @@
+"""What a long run does to a regularizer: any order of events, EMA, checkpoints of old versions."""
+
+import copy
+import gc
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing import assert_close
+
+import mvsc
+from mvsc import MVSCRegularizer
+
+GOLDEN = Path(__file__).parent / "data" / "regularizer-0.1.pt"
+CLASSES, DIM, GROUPS = 4, 3, 3
+
+
+def example(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(2, DIM, 5, 4, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, CLASSES, (2, 10, 8), generator=generator)
+    return features, labels
+
+
+def head(dtype=torch.float32):
+    classifier = nn.Conv2d(DIM, CLASSES, 1)
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    return classifier.to(dtype)
+
+
+class AnyOrderOfEvents(RuleBasedStateMachine):
+    """Whatever comes in whatever order, the state says all, and the promises hold."""
+
+    @initialize(seed=st.integers(0, 2**64), attached=st.booleans())
+    def build(self, seed, attached):
+        self.rng = torch.get_rng_state()
+        self.model = nn.Sequential(nn.Identity(), head())
+        self.keys = list(self.model.state_dict())
+        self.attached = None
+        self.reg = MVSCRegularizer(CLASSES, DIM, GROUPS, seed=seed)
+        if attached:
+            self.attach()
+        self.steps = 0
+
+    @precondition(lambda self: self.attached is None)
+    @rule()
+    def attach(self):
+        torch.set_rng_state(self.rng)
+        self.attached = mvsc.attach(self.model, classifier="1", groups=GROUPS, seed=self.reg.seed)
+        self.attached.regularizer = self.reg
+
+    @precondition(lambda self: self.attached is not None)
+    @rule()
+    def detach(self):
+        self.attached.detach()
+        self.attached = None
+
+    @rule(number=st.integers(0, 3))
+    def train_step(self, number):
+        features, labels = example(number, self.reg.centroids.dtype)
+        twin = self.rebuilt()
+        self.reg.train()
+        self.model.to(features.dtype)
+        if self.attached is None:
+            loss = self.reg(features, labels, self.model[1])
+        else:
+            self.model(features)
+            loss = self.attached(labels)
+        loss.backward()
+        self.steps += 1
+        assert_close(loss, twin(features, labels, self.model[1]), rtol=0, atol=0)
+        assert features.grad is not None
+        assert features.grad.isfinite().all()
+
+    @rule(number=st.integers(0, 3))
+    def evaluate_without_gradient(self, number):
+        features, labels = example(number, self.reg.centroids.dtype)
+        self.reg.eval()
+        with torch.no_grad():
+            assert self.reg(features, labels, head(features.dtype)).isfinite()
+        self.reg.train()
+
+    @rule(rate=st.floats(0, 0.5))
+    def optimizer_step(self, rate):
+        optimizer = torch.optim.SGD([self.reg.param_group(lr=rate)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @rule()
+    def deepcopy(self):
+        self.reg = copy.deepcopy(self.reg)
+        if self.attached is not None:
+            self.attached.regularizer = self.reg
+
+    @rule()
+    def save_and_load(self):
+        self.reg.load_state_dict(self.rebuilt().state_dict())
+
+    @rule(cast=st.sampled_from(["half", "bfloat16", "float", "double"]))
+    def cast(self, cast):
+        before = self.reg.centroids.detach().clone()
+        getattr(self.reg, cast)()
+        assert_close(self.reg.centroids.detach().float(), before.float(), rtol=0, atol=0)
+
+    @rule()
+    def wrong_input(self):
+        features, labels = example()
+        with pytest.raises(ValueError, match="labels"):
+            self.reg(features, labels + 100, head())
+
+    @invariant()
+    def the_promises_hold(self):
+        if not hasattr(self, "reg"):
+            return
+        assert self.reg.step.item() == self.steps
+        assert self.reg.centroids.dtype in (torch.float32, torch.float64)
+        assert self.reg.centroids.isfinite().all()
+        assert list(self.reg.state_dict()) == ["centroids", "step"]
+        assert list(self.model.state_dict()) == self.keys
+
+    def rebuilt(self):
+        """Build another regularizer from what a checkpoint holds."""
+        file = io.BytesIO()
+        torch.save(self.reg.state_dict(), file)
+        file.seek(0)
+        twin = MVSCRegularizer(CLASSES, DIM, GROUPS, seed=self.reg.seed)
+        twin.to(self.reg.centroids.dtype).load_state_dict(torch.load(file))
+        return twin
+
+
+AnyOrderOfEvents.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=20, deadline=None
+)
+TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
+
+
+def test_a_checkpoint_of_version_0_1_continues_as_it_would_have():
+    # The file was written by version 0.1.0 and is never written again.
+    saved = torch.load(GOLDEN)
+    reg = MVSCRegularizer(CLASSES, DIM, GROUPS, seed=5)
+    reg.load_state_dict(saved["state"])
+    features, labels = example(9)
+    terms = reg.terms(features, labels, head())
+    assert_close(torch.stack(terms).detach(), saved["next terms"], rtol=1e-5, atol=1e-6)
+
+
+def test_an_averaged_model_holds_the_average_of_the_centroids_and_the_step():
+    reg = MVSCRegularizer(CLASSES, DIM, GROUPS)
+    for use_buffers in (False, True):
+        averaged = AveragedModel(
+            reg, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers
+        )
+        before = reg.centroids.detach().clone()
+        averaged.update_parameters(reg)
+        with torch.no_grad():
+            reg.centroids += 1
+        averaged.update_parameters(reg)
+        assert_close(averaged.module.centroids.detach(), before + 0.5)
+        assert averaged.module.step.dtype == torch.int64
+
+
+def test_nothing_grows_over_a_thousand_steps():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, GROUPS), head()
+    optimizer = torch.optim.SGD([*classifier.parameters(), reg.centroids], lr=1e-3)
+    sizes = []
+    for number in range(1000):
+        features, labels = example(number % 7)
+        reg(features, labels, classifier).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number in (100, 999):
+            gc.collect()
+            sizes.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+    assert sizes[1] <= sizes[0]
+    assert reg.step.item() == 1000
+
+
+def test_a_grad_scaler_brings_small_float16_gradients_through():
+    features, labels = example()
+    exact = torch.autograd.grad(
+        MVSCRegularizer(CLASSES, DIM, GROUPS)(features, labels, head()), features
+    )[0]
+    half = features.detach().half().requires_grad_()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    reg = MVSCRegularizer(CLASSES, DIM, GROUPS)
+    scaler.scale(reg(half, labels, head(torch.float16))).backward()
+    assert half.grad is not None
+    assert_close(half.grad.float() / 2**12, exact, rtol=2e-2, atol=2e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-20, 1e15])
+def test_degenerate_features_and_centroids_have_finite_loss_and_gradients(value):
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, GROUPS), head()
+    features, labels = example()
+    with torch.no_grad():
+        features.fill_(value)
+        reg.centroids.fill_(min(value, 1e6))
+    loss = reg(features, labels, classifier)
+    loss.backward()
+    for tensor in (loss, features.grad, reg.centroids.grad):
+        assert tensor is not None
+        assert tensor.isfinite().all()
