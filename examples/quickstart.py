@@ -96,7 +96,7 @@ class Run(NamedTuple):
     """What one training gave: numbers for the table, IoU of each class, validation predictions."""
 
     scores: dict[str, float]
-    iou: list[float]
+    iou: list[float | None]
     predictions: Tensor
 
 
@@ -121,7 +121,8 @@ def train(settings: Settings, data: Data, device: torch.device, seed: int, arm: 
     # Weights, order and augmentation are the same in both arms: all of them come from this
     # seed, and the regularizer has a random stream of its own.
     torch.manual_seed(seed)
-    model = build_model(settings.encoder, len(data.classes)).to(device).train()
+    classes = len(data.classes)
+    model = build_model(settings.encoder, classes).to(device).train()
     loader = DataLoader(Augmented(data.train), settings.batch_size, shuffle=True, drop_last=True)
     steps = settings.epochs * len(loader)
     head_lr = 10 * settings.lr
@@ -131,7 +132,7 @@ def train(settings: Settings, data: Data, device: torch.device, seed: int, arm: 
     )
     reg = None
     if arm == MVSC:
-        reg = mvsc.MVSCRegularizer(len(data.classes), DIM, settings.groups).to(device)  # MVSC
+        reg = mvsc.MVSCRegularizer(classes, DIM, settings.groups, seed=seed).to(device)  # MVSC
         optimizer.add_param_group(reg.param_group(lr=head_lr))  # MVSC
     scheduler = warmup_then_poly(optimizer, steps)
 
@@ -165,8 +166,8 @@ def train(settings: Settings, data: Data, device: torch.device, seed: int, arm: 
     run.scores["ms a step"] = 1000 * statistics.median(seconds)
     if device.type == "cuda":
         run.scores["peak MiB on GPU"] = torch.cuda.max_memory_allocated(device) / 2**20
+    run.scores["KiB of centroids"] = 0.0 if reg is None else reg.centroids.nbytes / 2**10
     if reg is not None:
-        run.scores["KiB of centroids"] = reg.centroids.nbytes / 2**10
         run.scores["cosine of groups"] = group_cosine(reg.centroids.detach())
     return run
 
@@ -234,7 +235,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, device: torch.device
 
     matrix = confusion.compute().cpu().double()
     hits, labelled, claimed = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
-    iou = hits / (labelled + claimed - hits)  # NaN for a class neither labelled nor predicted
+    iou = hits / (labelled + claimed - hits)  # NaN: neither labelled nor predicted
     present = pixels[:, 0] > 0
     own, others = class_cosines(sums[present] / pixels[present])
     scores = {
@@ -244,7 +245,8 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, device: torch.device
         "cosine to own class": own,
         "cosine to others": others,
     }
-    return Run(scores, iou.tolist(), torch.cat(predictions))
+    known = [value if value == value else None for value in iou.tolist()]  # JSON has no NaN
+    return Run(scores, known, torch.cat(predictions))
 
 
 def class_cosines(means: Tensor) -> tuple[float, float]:
@@ -474,24 +476,22 @@ def clock(device: torch.device) -> float:
 def report(runs: dict[str, list[Run]], classes: list[str]) -> None:
     """Print mean and standard deviation over the seeds; differences are taken seed by seed."""
     print(f"\n{'':20}" + "".join(f"{title:>18}" for title in (*ARMS, "difference")))
-    for name in runs[MVSC][0].scores:
-        without, having = ([run.scores.get(name) for run in runs[arm]] for arm in ARMS)
-        paired = (
-            [h - w for w, h in zip(without, having, strict=True)] if None not in without else []
-        )
-        columns = (spread([] if not paired else without), spread(having), spread(paired, "+"))
+    for name in runs[PLAIN][0].scores:
+        plain, regularized = ([run.scores[name] for run in runs[arm]] for arm in ARMS)
+        paired = [r - p for p, r in zip(plain, regularized, strict=True)]
+        columns = (spread(plain), spread(regularized), spread(paired, "+"))
         print(f"{name:20}" + "".join(f"{column:>18}" for column in columns))
-    without, having = (np.array([run.iou for run in runs[arm]]).mean(axis=0) for arm in ARMS)
-    order = [c for c in np.argsort(having - without) if not np.isnan(having[c] - without[c])]
-    told = [f"{classes[c]} {100 * (having[c] - without[c]):+.1f}" for c in order]
-    print(f"IoU: most gained by {', '.join(told[:-4:-1])}; least by {', '.join(told[:3])}\n")
+    groups = spread([run.scores["cosine of groups"] for run in runs[MVSC]], digits=4)
+    print(f"Cosine of the centroids of a class in different groups (1: all the same): {groups}")
+    plain, regularized = (np.array([run.iou for run in runs[arm]], float) for arm in ARMS)
+    gains = (regularized - plain).mean(axis=0)
+    told = [f"{classes[c]} {100 * gains[c]:+.1f}" for c in gains.argsort() if gains[c] == gains[c]]
+    print(f"IoU changed most for: {', '.join(told[:3])}, ..., {', '.join(told[-3:])}\n")
 
 
-def spread(values: list[float], sign: str = "") -> str:
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}"
+def spread(values: list[float], sign: str = "", digits: int = 2) -> str:
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def draw_predictions(data: Data, runs: dict[str, list[Run]]) -> Figure:
@@ -502,8 +502,9 @@ def draw_predictions(data: Data, runs: dict[str, list[Run]]) -> Figure:
     # Okabe and Ito's colours, which colour-blind readers tell apart, then shades of them.
     names = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
     base = np.array([to_rgb(name) for name in names])
-    shades = np.concatenate([base, 0.5 * base, 0.5 + 0.5 * base, 0.75 * base, 0.75 + 0.25 * base])
-    colours = np.resize(shades, (IGNORE + 1, 3))
+    mixes = ((1, 0), (0.5, 0), (0.5, 0.5), (0.75, 0), (0.25, 0.75), (0.5, 0.25))
+    shades = [strength * base + white for strength, white in mixes]
+    colours = np.resize(np.concatenate(shades), (IGNORE + 1, 3))
     colours[IGNORE] = 0
 
     height, width = data.val.labels.shape[1:]
@@ -530,10 +531,11 @@ def save(settings: Settings, device: torch.device, data: Data, runs: dict[str, l
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()}
-        | {p: metadata.version(p) for p in packages},
+        "python": platform.python_version(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "classes": data.classes,
         "runs": [
-            {"arm": arm, "seed": seed, "scores": run.scores, "iou": named(data.classes, run.iou)}
+            {"arm": arm, "seed": seed, "scores": run.scores, "iou": run.iou}
             for arm in ARMS
             for seed, run in zip(settings.seeds, runs[arm], strict=True)
         ],
@@ -544,11 +546,6 @@ def save(settings: Settings, device: torch.device, data: Data, runs: dict[str, l
         unfinished["results.json"].write_text(json.dumps(results, indent=2, default=str), "utf-8")
         for name, path in unfinished.items():
             print("wrote", path.replace(settings.out / name))
-
-
-def named(classes: list[str], iou: list[float]) -> dict[str, float | None]:
-    # JSON has no NaN.
-    return {name: None if np.isnan(v) else v for name, v in zip(classes, iou, strict=True)}
 
 
 def command_line() -> None:

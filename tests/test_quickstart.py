@@ -145,7 +145,7 @@ def load(quickstart, folder, size=(64, 48)):
 def test_a_folder_of_images_is_trained_on(quickstart, folder, tmp_path):
     quickstart.main(tiny(quickstart, tmp_path / "out", data=folder))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(results["runs"][0]["iou"]) == ["sky", "road", "car"]
+    assert results["classes"] == ["sky", "road", "car"]
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "I;16"])
@@ -214,7 +214,7 @@ def test_a_label_of_another_size_is_refused(quickstart, folder):
 
 def test_a_broken_image_is_named(quickstart, folder):
     path = folder / "images" / "train" / "b.jpg"
-    path.write_bytes(path.read_bytes()[:400])
+    path.write_bytes(path.read_bytes()[:-400])  # its header is whole
     with pytest.raises(ValueError, match=r"train/b\.jpg cannot be read"):
         load(quickstart, folder)
 
@@ -251,11 +251,14 @@ def test_a_setting_out_of_range_is_named_before_training(quickstart, tmp_path, w
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("during", ["train", "draw_predictions", "json.dumps"])
+@pytest.mark.parametrize("during", ["train", "Figure.savefig", "json.dumps"])
 def test_an_interruption_leaves_the_last_results_whole(
     quickstart, tmp_path, monkeypatch, capsys, during
 ):
     def interrupt(*args, **kwargs):
+        for path in args:
+            if isinstance(path, Path):
+                path.write_text("half")
         raise KeyboardInterrupt
 
     for name in ("predictions.png", "results.json"):
