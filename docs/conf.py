@@ -14,7 +14,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "mutations.md"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 

@@ -78,3 +78,12 @@ def test_every_option_of_the_regularizer_has_a_row_in_the_docs():
     page = (ROOT / "docs" / "readings.md").read_text("utf-8")
     for name in list(inspect.signature(mvsc.MVSCRegularizer).parameters)[2:]:
         assert f"| `{name}` |" in page, name
+
+
+def test_every_proof_on_the_contract_page_exists():
+    page = (ROOT / "docs" / "contract.md").read_text("utf-8")
+    proofs = set(re.findall(r"`(test_\w+|AnyOrderOfEvents)`", page))
+    tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    defined = set(re.findall(r"^(?:def|class) (\w+)", tests, re.MULTILINE))
+    assert len(proofs) > 40
+    assert proofs <= defined

@@ -1,0 +1,118 @@
+"""Plant realistic bugs, one at a time, and see whether the tests notice.
+
+    python tests/mutations.py            # all, a quarter of an hour on 2 cores
+    python tests/mutations.py 3 17       # some, by number
+
+Works on a copy in a temporary folder. Prints the Markdown table of ``docs/contract.md``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("equations", "sampling", "segment", "checks", "regularizer", "state", "distributed")
+
+# What a hurried or well-meaning hand would write: file, line, line after, and what it means.
+BUGS = [
+    ("equations", "centroids + (means - means.detach())", "(centroids + means) - means.detach()", "straight-through in the wrong order"),
+    ("equations", "centroids + (means - means.detach())", "centroids", "Eq. 4 dropped"),
+    ("equations", "torch.where(present.flatten(), losses, 0)", "losses * present.flatten()", "masked by a product"),
+    ("equations", ".masked_fill(~in_batch, torch.finfo(cosines.dtype).min)", "", "absent classes are negatives"),
+    ("equations", "torch.finfo(cosines.dtype).min", "-torch.inf", "masked with minus infinity"),
+    ("equations", "losses.sum() / present.sum().clamp_min(1)", "losses.mean()", "averaged over absent cells too"),
+    ("equations", "losses.sum() / present.sum().clamp_min(1)", "losses.sum() / present.sum()", "nothing present divides by zero"),
+    ("equations", "losses.sum() / present.sum().clamp_min(1)", "losses.sum()", "sum for mean"),
+    ("equations", "return centroids[:0].sum()", "return 0 * centroids.sum()", "zero by a product"),
+    ("equations", "return centroids[:0].sum()", "return centroids.new_zeros(())", "zero without a graph"),
+    ("equations", "if weight > 0:", "if True:", "a term of weight 0 is added"),
+    ("equations", "+ EPS**2", "+ EPS", "epsilon not squared"),
+    ("equations", "vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + EPS**2)", "vectors / vectors.norm(dim=-1, keepdim=True)", "NaN at a zero vector"),
+    ("equations", "half_a, half_b = shuffled[: groups // 2]", "half_a, half_b = shuffled[: (groups + 1) // 2]", "odd groups split the wrong way"),
+    ("equations", "shuffled = centroids.index_select(0, order)", "shuffled = centroids", "halves never redrawn"),
+    ("equations", "return 1 - einsum(", "return einsum(", "sign of Eq. 3"),
+    ("segment", "sums / counts.clamp_min(1).unsqueeze(-1)", "sums / counts.unsqueeze(-1)", "an empty cell divides by zero"),
+    ("segment", "dtype = features.shape[1], _sum_dtype(features)", "dtype = features.shape[1], features.dtype", "half accumulation"),
+    ("segment", "            total += sums\n            sums.zero_()\n", "            sums.zero_()\n", "a block is lost"),
+    ("segment", "if added + len(index) > _LONGEST_SUM:", "if False:", "one long float32 sum"),
+    ("segment", "return _Spread.apply(grad, cells, ctx.dtype, ctx.channels_last), None, None", "return _Spread.apply(grad, cells, ctx.dtype, False), None, None", "gradient in another layout"),
+    ("segment", "ctx.save_for_backward(cells)\n        ctx.dtype, ctx.channels_last", "ctx.save_for_backward(cells)\n        ctx.kept = features.float()\n        ctx.dtype, ctx.channels_last", "a float32 copy of the features is kept"),
+    ("sampling", "grid = labels.long()", "grid = labels", "uint8 comparison"),
+    ("sampling", "(2 * torch.arange(target, device=labels.device) + 1) * source", "(2 * torch.arange(target, device=labels.device)) * source", "labels taken at the corner"),
+    ("sampling", " & (grid != ignore_index)", "", "ignored pixels counted"),
+    ("sampling", "counts = (grid >= 0) & (grid < num_classes)", "counts = (grid < num_classes)", "negative labels leak into another group"),
+    ("sampling", "cells = torch.where(label < num_classes, group * num_classes + label, groups * num_classes)", "cells = group * num_classes + label", "fused-index leak of ignored pixels"),
+    ("sampling", "group = (pixels + first_group[label]) % groups", "group = pixels % groups", "the first group is not drawn for each class"),
+    ("sampling", "_mix(_mix(classes ^ key) + 1) % groups", "_mix(_mix(classes) + 1) % groups", "the first group is the same each step"),
+    ("sampling", "(flat << 32) | _mix(_mix(pixels ^ key) ^ key)", "(flat << 32) | _mix(_mix(pixels))", "the split is the same each step"),
+    ("sampling", "(flat << 32) | _mix(_mix(pixels ^ key) ^ key)", "(flat << 32) | torch.randint_like(flat, 2**32)", "global random numbers"),
+    ("sampling", "for word in (seed, seed >> 32, rank):", "for word in (seed, seed >> 32):", "every process splits alike"),
+    ("sampling", " ^ ((step >> 32) & _MASK)", "", "steps repeat after 2^32"),
+    ("regularizer", "if self.training and not replaying:", "if self.training:", "a checkpointed backward draws anew"),
+    ("regularizer", "if self.training and not replaying:", "if not replaying:", "evaluation counts as a step"),
+    ("regularizer", "        self._check(features, labels, classifier)\n        self._advance()", "        self._advance()\n        self._check(features, labels, classifier)", "a failed call counts as a step"),
+    ("regularizer", "drawn.normal_(std=(2 / self.dim) ** 0.5, generator=generator)", "drawn.normal_(std=(2 / self.dim) ** 0.5)", "initial centroids from the global generator"),
+    ("regularizer", "self.centroids.data = kept.to(moved.device)", "self.centroids.data = moved.float()", "centroids rounded by half()"),
+    ("regularizer", "with torch.autocast(device_type, enabled=False):", "if True:", "autocast inside"),
+    ("regularizer", '"weight_decay": 0.0, ', "", "centroids decay"),
+    ("regularizer", "self.invalid_count += bad.sum()", "pass", "labels out of range are not counted"),
+    ("regularizer", "self.invalid_count += bad.sum()", "self.invalid_count += int(bad.sum())", "a host sync in each step"),
+    ("regularizer", "weight.flatten(2).sum(dim=2) if", "weight.flatten(2)[:, :, weight[0, 0].numel() // 2] if", "centre tap of a k x k classifier"),
+    ("regularizer", "return plain and not checks.is_sharded(classifier)", "return plain", "weights of a sharded classifier used raw"),
+    ("regularizer", 'if self.sync == "auto":', "if False:", "gradients of the centroids differ by process"),
+    ("regularizer", "order = draw_halves(self.groups, stream_key(self.seed, self.step))", "order = draw_halves(self.groups, split)", "halves differ by process"),
+    ("regularizer", "if self.enhance else centroids", "if True else centroids", "enhance=False ignored"),
+    ("regularizer", "dim, dtype=torch.float32)", "dim)", "centroids in the default dtype"),
+    ("regularizer", "persistent=False", "persistent=True", "a new key in the state"),
+    ("regularizer", "vectors.to(dtype)[:, :, None, None] if as_map", "vectors[:, :, None, None] if as_map", "V' not cast for a half-precision classifier"),
+    ("regularizer", "if self._idle_steps == _IDLE_STEPS:", "if False:", "forgotten centroids go unnoticed"),
+    ("distributed", "_all_reduce(grad, ctx.group) / dist.get_world_size(ctx.group), None", "_all_reduce(grad, ctx.group), None", "sum for mean over processes"),
+    ("distributed", "        return _all_reduce(grad, ctx.group), None", "        return grad, None", "the encoder's gradient shrinks by the number of processes"),
+    ("checks", "labels = labels.long()  # Before", "labels = labels  # Before", "uint8 comparison in the check"),
+]  # fmt: skip
+
+
+def main() -> None:
+    chosen = [int(each) for each in sys.argv[1:]] or range(len(BUGS))
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for each in ("mvsc", "tests"):
+            shutil.copytree(ROOT / each, copy / each, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if (noticed := noticed_by(copy)) is not None:
+            sys.exit(f"The tests fail without any bug: {noticed}")
+        print("| # | file | bug | noticed by |\n| --- | --- | --- | --- |", flush=True)
+        for number in chosen:
+            name, line, wrong, meaning = BUGS[number]
+            path = copy / "mvsc" / f"{name}.py"
+            source = path.read_text("utf-8")
+            if line not in source:
+                sys.exit(f"Bug {number} has no place any more: {line!r} is not in {name}.py.")
+            path.write_text(source.replace(line, wrong, 1), "utf-8")
+            noticed = noticed_by(copy)
+            path.write_text(source, "utf-8")
+            test = f"`{noticed}`" if noticed else "**nothing**"
+            print(f"| {number} | {name}.py | {meaning} | {test} |", flush=True)
+
+
+def noticed_by(copy: Path) -> str | None:
+    """Run the tests of the core on the copy; return the first that fails."""
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0].split("::", 1)[-1].split("[")[0] if failed else "a crash"
+
+
+if __name__ == "__main__":
+    main()
