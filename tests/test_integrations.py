@@ -1,0 +1,366 @@
+"""The hosts that people use: every example runs, and what `attach` promises holds in them."""
+
+import importlib.util
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import mvsc
+from mvsc.attach import ClassifierNotFoundError, attach
+
+ROOT = Path(__file__).parents[1]
+CLASSES = 13
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # Dataclasses look their module up there.
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def matrix() -> ModuleType:
+    return load(ROOT / "benchmarks" / "support_matrix.py")
+
+
+def tiny_segformer(**settings):
+    hf = pytest.importorskip("transformers")
+    config = hf.SegformerConfig(
+        num_labels=CLASSES,
+        depths=[1] * 4,
+        hidden_sizes=[8, 8, 16, 16],
+        decoder_hidden_size=16,
+        **settings,
+    )
+    return hf.SegformerForSemanticSegmentation(config)
+
+
+def tiny_upernet():
+    """A model that a Trainer resumes; transformers 5.23 itself loses SegFormer's weights then."""
+    hf = pytest.importorskip("transformers")
+    stages = {"depths": [1] * 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    config = hf.UperNetConfig(
+        num_labels=CLASSES,
+        backbone_config=hf.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], **stages),
+        hidden_size=16,
+        auxiliary_in_channels=8,
+        auxiliary_channels=8,
+    )
+    return hf.UperNetForSemanticSegmentation(config)
+
+
+def batch():
+    return torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2, 32, 32))
+
+
+# Examples.
+
+
+@pytest.mark.parametrize(
+    ("example", "host"),
+    [
+        ("plain_torch", "torchvision"),
+        ("torchvision_reference", "torchvision"),
+        ("torchvision_lraspp", "torchvision"),
+        ("smp_unet", "segmentation_models_pytorch"),
+        ("timm_own_head", "timm"),
+        ("transformers_loop", "transformers"),
+        ("transformers_trainer", "transformers"),
+        ("query_models", "transformers"),
+        ("lightning_module", "lightning"),
+        ("accelerate_loop", "accelerate"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_example_runs_and_moves_its_centroids(example, host):
+    pytest.importorskip(host)
+    reg = load(ROOT / "examples" / "integrations" / f"{example}.py").main()
+    reg = getattr(reg, "regularizer", reg)
+    drawn = mvsc.MVSCRegularizer(reg.num_classes, reg.dim, reg.groups).centroids
+    assert reg.step.item() == 2
+    assert reg.centroids.isfinite().all()
+    assert not torch.equal(reg.centroids.cpu(), drawn)
+
+
+def test_every_example_is_run():
+    examples = {path.stem for path in (ROOT / "examples" / "integrations").glob("*.py")}
+    marks = test_an_example_runs_and_moves_its_centroids.pytestmark
+    (cases,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
+    assert {example for example, _ in cases} == examples
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "inputs"),
+    [
+        ("MaskFormer", 256, {}),
+        ("OneFormer", 256, {"task_inputs": torch.ones(2, 77)}),
+        ("Eomt", 32, {}),
+        ("EomtDinov3", 32, {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_for_query_models_trains_the_other_ones_too(matrix, model, width, inputs):
+    pytest.importorskip("transformers")
+    recipe = load(ROOT / "examples" / "integrations" / "query_models.py")
+    recipe.CLASSES = matrix.CLASSES
+    (case,) = (case for case in matrix.transformers() if case.model == model)
+    assert recipe.train(case.build(), width, **inputs).step.item() == 2
+
+
+# The support matrix.
+
+
+@pytest.mark.parametrize(
+    ("library", "model"),
+    [
+        ("torchvision", "deeplabv3_mobilenet_v3_large"),
+        ("torchvision", "lraspp_mobilenet_v3_large"),
+        ("segmentation_models_pytorch", "FPN"),
+        ("segmentation_models_pytorch", "DPT"),
+        ("timm", "resnet18 + own 1x1 head"),
+        ("transformers", "Segformer"),
+        ("transformers", "UperNet, Swin"),
+        ("transformers", "MobileNetV2"),
+        ("transformers", "Tipsv2Dpt"),
+        ("transformers", "Mask2Former"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_row_of_the_support_matrix_holds(matrix, library, model):
+    pytest.importorskip(library)
+    (case,) = (case for case in matrix.LIBRARIES[library]() if case.model == model)
+    row = matrix.examine(library, version(library), case)
+    rows = json.loads((matrix.ROWS / f"{library}.json").read_text())
+    (written,) = (written for written in rows if written["model"] == model)
+    assert {**vars(row), "version": ""} == {**written, "version": ""}
+
+
+def test_the_page_is_what_the_rows_say(matrix, tmp_path, monkeypatch):
+    page = matrix.PAGE.read_text()
+    monkeypatch.setattr(matrix, "PAGE", tmp_path / "page.md")
+    matrix.render()
+    assert matrix.PAGE.read_text() == page
+    assert page.count("| works |") >= 35
+
+
+def test_a_wrong_pick_fails_the_matrix(matrix):
+    """The checks of the matrix can fail: here the tap is on the auxiliary head."""
+    pytest.importorskip("torchvision")
+    (case,) = (c for c in matrix.torchvision() if c.model == "deeplabv3_mobilenet_v3_large")
+    model, images = case.build(), torch.randn(2, 3, 64, 64)
+    reg = attach(model, classifier="aux_classifier.4")
+    with pytest.raises(AssertionError, match="the features do not give the logits"):
+        matrix.check_tap(model, reg, images, matrix.evaluate(model, images, case))
+
+
+# torchvision and transformers in particular.
+
+
+def test_lraspp_is_refused_with_its_recipe_and_both_candidates():
+    models = pytest.importorskip("torchvision.models.segmentation")
+    model = models.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=CLASSES
+    )
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert "classifier.low_classifier: Conv2d 1x1, 40 -> 13: not where" in str(error.value)
+    assert "classifier.high_classifier: Conv2d 1x1, 128 -> 13: not where" in str(error.value)
+    assert "examples/integrations/torchvision_lraspp.py" in str(error.value)
+
+
+def test_an_example_does_not_take_one_half_of_lraspp():
+    models = pytest.importorskip("torchvision.models.segmentation")
+    model = models.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=CLASSES
+    )
+    with pytest.raises(ClassifierNotFoundError, match="its output is not the logits"):
+        attach(model, example=torch.randn(1, 3, 64, 64))
+
+
+def test_the_auxiliary_head_of_dpt_is_refuted_by_an_example(matrix):
+    pytest.importorskip("transformers")
+    (case,) = (case for case in matrix.transformers() if case.model == "DPT")
+    example = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    model = case.build()
+    assert attach(model, example=example).classifier_path == "head.head.4"
+    with pytest.raises(ClassifierNotFoundError, match=r"auxiliary_head\.head\.4.*not the logits"):
+        attach(case.build(), classifier="auxiliary_head.head.4", example=example)
+
+
+def test_a_segmenter_inside_a_module_of_ones_own_is_found():
+    model = torch.nn.ModuleDict({"network": tiny_segformer()})
+    assert attach(model).classifier_path == "network.decode_head.classifier"
+
+
+def test_a_segmenter_with_a_replaced_head_is_not_guessed_at():
+    model = tiny_segformer()
+    model.decode_head.classifier = torch.nn.Sequential(
+        torch.nn.Conv2d(16, 16, 1), torch.nn.Conv2d(16, CLASSES, 1)
+    )
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert 'classifier="decode_head.classifier.1"' in str(error.value)
+    assert attach(model, classifier="decode_head.classifier.1").regularizer.dim == 16
+
+
+def test_the_ignored_label_is_that_of_the_models_config():
+    reg = attach(tiny_segformer(semantic_loss_ignore_index=7))
+    assert reg.regularizer.ignore_index == 7
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
+def test_gradient_checkpointing_of_transformers_changes_nothing():
+    images, labels = batch()
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = tiny_segformer().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        attach(model, add_to_loss=True)
+        torch.manual_seed(1)
+        model(images, labels=labels).loss.backward()
+        gradients.append(next(model.parameters()).grad)
+    assert_close(*gradients)
+
+
+def test_add_to_loss_works_in_a_compiled_model():
+    torch.compiler.reset()
+    images, labels = batch()
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_segformer(classifier_dropout_prob=0.0, drop_path_rate=0.0).train()
+        attach(model, add_to_loss=True)
+        run = torch.compile(model, backend="eager") if compiled else model
+        losses.append(run(images, labels=labels).loss)
+    assert_close(*losses)
+
+
+# The Trainer.
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    hf = pytest.importorskip("transformers")
+    images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, CLASSES, (8, 32, 32))
+    dataset = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+
+    def make(folder="run", max_steps=4, optimizers=(None, None)):
+        torch.manual_seed(0)
+        model = tiny_upernet()
+        args = hf.TrainingArguments(
+            str(tmp_path / folder),
+            max_steps=max_steps,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            save_steps=2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        return hf.Trainer(model=model, args=args, train_dataset=dataset, optimizers=optimizers)
+
+    return make
+
+
+def attach_to_trainer(trainer, **options):
+    from mvsc.integrations import transformers
+
+    return transformers.attach_to_trainer(trainer, **options)
+
+
+def test_a_trainer_trains_the_centroids_without_weight_decay(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    reg = attach_to_trainer(trainer, groups=2)
+    drawn = reg.regularizer.centroids.detach().clone()
+    trainer.train()
+    assert not torch.equal(reg.regularizer.centroids, drawn)
+    (group,) = (
+        group
+        for group in trainer.optimizer.param_groups
+        if any(p is reg.regularizer.centroids for p in group["params"])
+    )
+    assert group["weight_decay"] == 0
+    assert group["lr"] == trainer.optimizer.param_groups[0]["lr"]
+
+
+def test_the_models_own_checkpoint_does_not_know_of_the_centroids(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+    reg = attach_to_trainer(trainer)
+    trainer.train()
+    model = type(trainer.model).from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert_close(model.state_dict(), trainer.model.state_dict())
+    saved = torch.load(tmp_path / "run" / "checkpoint-2" / "mvsc.pt", weights_only=True)
+    assert_close(saved, dict(reg.state_dict()))
+
+
+def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(make_trainer, tmp_path):
+    trainer = make_trainer("whole")
+    reg = attach_to_trainer(trainer)
+    trainer.train()
+    resumed = make_trainer("whole")
+    reg_resumed = attach_to_trainer(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_close(dict(reg_resumed.state_dict()), dict(reg.state_dict()), rtol=0, atol=0)
+    assert_close(resumed.model.state_dict(), trainer.model.state_dict())
+
+
+def test_a_resumed_trainer_without_its_centroids_raises(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+    attach_to_trainer(trainer)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / "mvsc.pt").unlink()
+    resumed = make_trainer()
+    attach_to_trainer(resumed)
+    with pytest.raises(FileNotFoundError, match="needs its centroids"):
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_trainer_with_its_own_optimizer_gets_the_centroids_too(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+    trainer.optimizer = optimizer
+    reg = attach_to_trainer(trainer)
+    trainer.train()
+    assert any(p is reg.regularizer.centroids for p in optimizer.param_groups[-1]["params"])
+
+
+def test_a_trainer_with_its_own_scheduler_is_refused(make_trainer):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    trainer = make_trainer(optimizers=(optimizer, scheduler))
+    with pytest.raises(ValueError, match=r"optimizers=\(optimizer, None\)"):
+        attach_to_trainer(trainer)
+
+
+# Lightning.
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_saves_the_centroids_and_the_model_apart(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    example = load(ROOT / "examples" / "integrations" / "lightning_module.py")
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, example.CLASSES, (2, 64, 64))
+    data = torch.utils.data.DataLoader([(images[0], labels[0]), (images[1], labels[1])], 2)
+    trainer = lightning.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    module = example.Segmenter()
+    trainer.fit(module, data)
+    saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)
+    restored = example.Segmenter()
+    restored.load_state_dict(saved["state_dict"])
+    assert_close(restored.reg.regularizer.centroids, module.reg.regularizer.centroids)
+    apart = {key for key in saved["state_dict"] if not key.startswith("model.")}
+    assert apart == {"reg.regularizer.centroids", "reg.regularizer.step"}
