@@ -185,7 +185,8 @@ def torchvision() -> Iterator[Case]:
 
     def build(name: str, **settings: Any) -> Callable[[], nn.Module]:
         model = getattr(models, name)
-        return partial(model, None, weights_backbone=None, num_classes=CLASSES, **settings)
+        settings |= {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
+        return partial(model, **settings)
 
     for name in (
         "fcn_resnet50",
@@ -275,7 +276,7 @@ def transformers() -> Iterator[Case]:
             title or name, build(name, "Semantic", **settings), lambda output: output.logits
         )
 
-    yield case("Segformer", depths=[1] * 4, hidden_sizes=[8, 16, 16, 32], decoder_hidden_size=32)
+    yield case("Segformer", depths=[1] * 4, hidden_sizes=[8, 16, 16, 32])
     for backbone, channels, settings in (
         ("Swin", 64, swin),
         ("Swinv2", 64, swin | {"image_size": 64, "window_size": 2}),
@@ -287,13 +288,12 @@ def transformers() -> Iterator[Case]:
             "UperNet",
             f"UperNet, {backbone}",
             backbone_config=getattr(hf, f"{backbone}Config")(**settings),
-            hidden_size=32,
             auxiliary_in_channels=channels,
             auxiliary_channels=16,
         )
     yield case("Beit", out_indices=[1, 2, 3, 4], **vit)
     yield case("Data2VecVision", out_indices=[1, 2, 3, 4], **vit)
-    fusion = {"fusion_hidden_size": 32, "neck_hidden_sizes": [16, 16, 32, 32]}
+    fusion = {"neck_hidden_sizes": [16, 16, 32, 32]}
     yield case("DPT", backbone_out_indices=[0, 1, 2, 3], **fusion, **vit)
     yield case("MobileNetV2", depth_multiplier=0.35)
     yield case(
@@ -344,7 +344,8 @@ def render() -> None:
         "Written by `python benchmarks/support_matrix.py`, which builds each model from its",
         "configuration with random weights, attaches, takes one training step and checks: nothing",
         "of the model changes; the tapped features give the model's own logits; align and classify",
-        "reach the first layer of the encoder, and pull does not.",
+        "reach the first layer of the encoder, and pull does not. The encoders of transformers are",
+        "built small, and where the classifier is as wide as the encoder, so is D.",
         "",
         f"{len(rows)} models: {works} work, {len(rows) - works} are refused with a message that "
         "says what to do, none is picked wrong.",

@@ -40,6 +40,10 @@ _TWO_FORWARDS = (
     "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
     "forward that has no loss of its own."
 )
+_NO_LABELS = (
+    "Two forwards in a row got no labels, so add_to_loss had nothing to add. Pass labels to the "
+    "model, or attach without add_to_loss and add reg(labels) to the loss yourself."
+)
 _NO_GRADIENT = (
     "The features have no gradient, so the loss could not reach the encoder: all before the "
     "classifier is frozen, or runs in a reentrant checkpoint. Unfreeze it, or set "
@@ -105,17 +109,7 @@ def attach(
     model = _unwrap(model)
     path = find_classifier(model, classifier, example)
     layer = cast(Linear, model.get_submodule(path))
-    for hook in layer._forward_pre_hooks.values():
-        tap = getattr(hook, "__self__", None)
-        if isinstance(tap, _Tap) and tap.classifier is not None:
-            raise ValueError(
-                f"model must have one regularizer at a time, got one attached at {path!r} already. "
-                "Call its detach() first."
-            )
-    config = getattr(model, "config", None)
-    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
-        if isinstance(getattr(config, name, None), int):
-            options.setdefault("ignore_index", getattr(config, name))
+    options = _options_of_config(model, path) | options
     if isinstance(layer, nn.Conv2d):
         dim, num_classes = layer.in_channels, layer.out_channels
     else:
@@ -145,9 +139,9 @@ class AttachedRegularizer(nn.Module):
         self.classifier_path = path
         # The tap is no module: the model must not become a part of its own regularizer.
         self._tap = _Tap()
+        self._tap.open(model, path)
         if add_to_loss:
             self._tap.add_to_loss(model, self)
-        self._tap.open(model, path)
         logger.info("attached to classifier %r of %s", path, type(model).__name__)
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -217,20 +211,29 @@ class _Tap:
         return _Tap, ()
 
     def open(self, model: nn.Module, path: str) -> None:
-        self.classifier = cast(Linear, model.get_submodule(path))
         entrance = _entrance(model, path)
+        module = model.get_submodule(entrance)
+        for hook in module._forward_pre_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, _Tap) and other.classifier is not None:
+                raise ValueError(
+                    f"model must have one regularizer at a time, got one attached to {path!r} "
+                    "already. Call its detach() first."
+                )
         for dropout in _dropouts_near(model, path, entrance):
             self.handles += [
                 dropout.register_forward_pre_hook(self._before_dropout, with_kwargs=True),
                 dropout.register_forward_hook(self._after_dropout),
             ]
-        hook = self._before_classifier
-        module = model.get_submodule(entrance)
-        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self.handles.append(
+            module.register_forward_pre_hook(self._before_classifier, with_kwargs=True)
+        )
+        self.classifier = cast(Linear, model.get_submodule(path))
 
     def add_to_loss(self, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> None:
         names = list(inspect.signature(model.forward).parameters)
         if "labels" not in names:
+            self.close()
             raise ValueError(
                 "add_to_loss needs a model that takes labels and returns a loss, got "
                 f"{type(model).__name__}, which takes {', '.join(names)}. "
@@ -250,7 +253,8 @@ class _Tap:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.__init__()  # type: ignore[misc]
+        self.handles, self.classifier = [], None
+        self.clear()
 
     def use(self, call: Callable[..., Any], labels: Tensor) -> Any:
         """Return ``call(features, labels, classifier)``; the features are used up by it."""
@@ -326,6 +330,8 @@ class _Tap:
             return output
         labels = kwargs.get("labels", args[self.position] if len(args) > self.position else None)
         if labels is None:
+            if self.forwards > 1:
+                raise RuntimeError(_NO_LABELS)
             return output
         if isinstance(output, tuple):  # With return_dict=False the loss comes first.
             return (output[0] + self.loss(labels), *output[1:])
@@ -356,6 +362,17 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def _options_of_config(model: nn.Module, path: str) -> dict[str, Any]:
+    """Return the label that the loss of a transformers model ignores, as an option."""
+    names = path.split(".")
+    for depth in range(len(names)):
+        config = getattr(model.get_submodule(".".join(names[:depth])), "config", None)
+        for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
+            if isinstance(getattr(config, name, None), int):
+                return {"ignore_index": getattr(config, name)}
+    return {}
 
 
 def _entrance(model: nn.Module, path: str) -> str:

@@ -1,6 +1,7 @@
 import copy
 import io
 import logging
+import pickle
 import weakref
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -182,6 +183,22 @@ def test_features_in_bfloat16_are_welcome(images, labels):
     assert float(first_grad(model).norm()) > 0
 
 
+def test_a_call_of_the_classifier_by_the_regularizer_is_no_forward(images, labels):
+    class Counting(nn.Conv2d):  # Not a plain Conv2d, so the regularizer has to call it.
+        calls = 0
+
+        def forward(self, features: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(features)
+
+    model = Net()
+    model.classifier = Counting(DIM, CLASSES, 1)
+    reg = attach(model)
+    for _ in range(2):
+        (F.cross_entropy(model(images), labels) + reg(labels)).backward()
+    assert model.classifier.calls == 4
+
+
 # The model stays what it was.
 
 
@@ -249,10 +266,18 @@ def test_a_copy_of_the_model_does_not_write_into_the_tap(images, labels):
     assert attach(teacher).classifier_path == "classifier"
 
 
-def test_a_copy_of_the_regularizer_is_attached_to_nothing(images, labels):
-    reg = attach(Net())
+def unpickled(value: object) -> object:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, unpickled])
+def test_a_copy_of_the_regularizer_is_attached_to_nothing(images, labels, duplicate):
+    model = Net()
+    reg = attach(model)
+    model(images)
     with pytest.raises(RuntimeError, match=r"attached to no model.*Call mvsc\.attach"):
-        copy.deepcopy(reg)(labels)
+        duplicate(reg)(labels)
+    assert_close(duplicate(reg).state_dict(), reg.state_dict())
 
 
 def test_nothing_keeps_the_features_alive_after_backward(images, labels):
@@ -496,9 +521,31 @@ def test_add_to_loss_does_nothing_in_a_copy(images, labels):
     assert_close(copy.deepcopy(model)(images, labels).loss, loss)
 
 
+def test_add_to_loss_without_labels_raises_at_the_second_forward(images, labels):
+    model = NetWithLoss()
+    attach(model, add_to_loss=True)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"no labels.*Pass labels to the model"):
+        model(images)
+
+
+def test_add_to_loss_works_in_a_compiled_model(images, labels):
+    torch.compiler.reset()
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = NetWithLoss()
+        attach(model, add_to_loss=True)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        losses.append(run(images, labels=labels, return_dict=False)[0])
+    assert_close(*losses)
+
+
 def test_add_to_loss_needs_a_model_that_takes_labels():
+    model = Net()
     with pytest.raises(ValueError, match=r"Net, which takes images\. Add reg\(labels\)"):
-        attach(Net(), add_to_loss=True)
+        attach(model, add_to_loss=True)
+    attach(model)  # Nothing was left behind.
 
 
 def test_add_to_loss_needs_a_loss(images, labels):

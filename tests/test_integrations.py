@@ -212,8 +212,19 @@ def test_a_segmenter_with_a_replaced_head_is_not_guessed_at():
 
 
 def test_the_ignored_label_is_that_of_the_models_config():
-    reg = attach(tiny_segformer(semantic_loss_ignore_index=7))
-    assert reg.regularizer.ignore_index == 7
+    model = torch.nn.ModuleDict({"network": tiny_segformer(semantic_loss_ignore_index=7)})
+    assert attach(model).regularizer.ignore_index == 7
+
+
+def test_a_second_attach_is_noticed_where_the_entrance_is_a_wrapper(matrix):
+    pytest.importorskip("transformers")
+    (case,) = (case for case in matrix.transformers() if case.model == "MobileNetV2")
+    model = case.build()
+    reg = attach(model)
+    with pytest.raises(ValueError, match="one regularizer at a time"):
+        attach(model)
+    reg.detach()
+    attach(model)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")
@@ -232,19 +243,6 @@ def test_gradient_checkpointing_of_transformers_changes_nothing():
     assert_close(*gradients)
 
 
-def test_add_to_loss_works_in_a_compiled_model():
-    torch.compiler.reset()
-    images, labels = batch()
-    losses = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = tiny_segformer(classifier_dropout_prob=0.0, drop_path_rate=0.0).train()
-        attach(model, add_to_loss=True)
-        run = torch.compile(model, backend="eager") if compiled else model
-        losses.append(run(images, labels=labels).loss)
-    assert_close(*losses)
-
-
 # The Trainer.
 
 
@@ -254,7 +252,7 @@ def make_trainer(tmp_path):
     images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, CLASSES, (8, 32, 32))
     dataset = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 
-    def make(folder="run", max_steps=4, optimizers=(None, None)):
+    def make(folder="run", max_steps=4, optimizers=(None, None), **settings):
         torch.manual_seed(0)
         model = tiny_upernet()
         args = hf.TrainingArguments(
@@ -267,6 +265,7 @@ def make_trainer(tmp_path):
             report_to="none",
             use_cpu=True,
             disable_tqdm=True,
+            **settings,
         )
         return hf.Trainer(model=model, args=args, train_dataset=dataset, optimizers=optimizers)
 
@@ -341,6 +340,12 @@ def test_a_trainer_with_its_own_scheduler_is_refused(make_trainer):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = make_trainer(optimizers=(optimizer, scheduler))
     with pytest.raises(ValueError, match=r"optimizers=\(optimizer, None\)"):
+        attach_to_trainer(trainer)
+
+
+def test_a_trainer_that_keeps_the_labels_from_the_model_is_refused(make_trainer):
+    trainer = make_trainer(label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="the model gets no labels"):
         attach_to_trainer(trainer)
 
 

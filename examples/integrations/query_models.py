@@ -54,9 +54,8 @@ def train(model: nn.Module, dim: int, **inputs: Tensor) -> mvsc.MVSCRegularizer:
 def main() -> mvsc.MVSCRegularizer:
     stages = ["stage1", "stage2", "stage3", "stage4"]
     swin = SwinConfig(embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 2, 2], out_features=stages)
-    config = Mask2FormerConfig(
-        backbone_config=swin, hidden_dim=32, mask_feature_size=32, num_labels=CLASSES
-    )
+    small = {"hidden_dim": 32, "mask_feature_size": 32, "encoder_layers": 1, "decoder_layers": 2}
+    config = Mask2FormerConfig(backbone_config=swin, num_labels=CLASSES, **small)
     return train(Mask2FormerForUniversalSegmentation(config), dim=config.mask_feature_size)
 
 

@@ -35,12 +35,19 @@ def attach_to_trainer(trainer: Trainer, **options: Any) -> AttachedRegularizer:
         The regularizer.
 
     Raises:
-        ValueError: if the Trainer shards its model, or came with a scheduler of its own.
+        ValueError: if the Trainer shards its model, keeps the labels from it, or came with a
+            scheduler of its own.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "trainer must not use FSDP or DeepSpeed, which would not know the centroids. "
             "Use DistributedDataParallel (torchrun)."
+        )
+    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+        raise ValueError(
+            "trainer must leave the loss to the model, since with label smoothing or a "
+            "compute_loss_func the model gets no labels. Attach to the model and override "
+            "compute_loss."
         )
     if trainer.lr_scheduler is not None:
         raise ValueError(
