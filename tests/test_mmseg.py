@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.testing import assert_close
 
@@ -21,6 +22,7 @@ pytest.importorskip("mmseg", reason="needs examples/mmseg/requirements.txt")
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from mmengine.model import MMDistributedDataParallel
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
@@ -368,6 +370,28 @@ def test_a_cascade_reads_its_last_head(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = model.loss(*batch(classes=19))
     assert calls[0][2] is model.decode_head[1].conv_seg
     assert set(TERMS) | {"decode_0.loss_ce", "decode_1.loss_ce"} <= set(losses)
+
+
+def train_on_a_rank(rank: int, folder: Path) -> None:
+    init_default_scope("mmseg")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    config = shrunk(SEGFORMER_B0_ADE20K)
+    torch.manual_seed(rank)
+    model = MMDistributedDataParallel(build(config.model))
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    images, samples = batch(classes=150)
+    for _ in range(2):
+        model.train_step({"inputs": list(images), "data_samples": samples}, wrapper)
+    torch.save(dict(model.module.named_parameters()), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_stay_in_step(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_on_a_rank, (tmp_path,), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert_close(one, other, rtol=0, atol=0)
+    start = build(shrunk(SEGFORMER_B0_ADE20K).model).mvsc_head.centroids
+    assert not torch.equal(one["mvsc_head.centroids"], start)
 
 
 def test_a_head_without_a_pixel_classifier_is_refused() -> None:

@@ -80,7 +80,7 @@ class MVSCEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
     def __init__(self, *args: Any, mvsc: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         head = self._last_head()
-        classifier = getattr(head, "conv_seg", None)
+        classifier: Any = getattr(head, "conv_seg", None)
         if getattr(classifier, "out_channels", None) != head.num_classes:
             raise ValueError(
                 "decode_head must have a convolution conv_seg with one output for each of its "
@@ -124,7 +124,7 @@ class MVSCEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
 
 
 @MODELS.register_module()
-class MVSCCascadeEncoderDecoder(MVSCEncoderDecoder, CascadeEncoderDecoder):
+class MVSCCascadeEncoderDecoder(MVSCEncoderDecoder, CascadeEncoderDecoder):  # type: ignore[misc]
     """The same for a ``CascadeEncoderDecoder``, that is OCRNet."""
 
 
