@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,34 @@ def segmentation_models_pytorch() -> Iterator[Case]:
     )
 
 
+class SegNet(nn.Module):
+    """The SegNet of the paper's table, small: unpooling by the encoder's indices."""
+
+    def __init__(self, widths: tuple[int, ...] = (3, 16, 32, 32)) -> None:
+        super().__init__()
+        ends = list(pairwise(widths))
+        self.encoder = nn.ModuleList(self.block(a, b) for a, b in ends)
+        self.decoder = nn.ModuleList(self.block(b, max(a, 16)) for a, b in reversed(ends))
+        self.last = nn.Conv2d(16, CLASSES, 3, padding=1)
+
+    @staticmethod
+    def block(width: int, out: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        indices = []
+        for block in self.encoder:
+            x, index = F.max_pool2d(block(x), 2, return_indices=True)
+            indices.append(index)
+        for block, index in zip(self.decoder, reversed(indices), strict=True):
+            x = block(F.max_unpool2d(x, index, 2))
+        return self.last(x)
+
+
+def plain_torch() -> Iterator[Case]:
+    yield Case("SegNet, code of one's own", SegNet)
+
+
 class TimmSegmenter(nn.Module):
     """A timm backbone with a 1x1 head of one's own on its last map."""
 
@@ -327,8 +356,11 @@ def transformers() -> Iterator[Case]:
 
 
 LIBRARIES: dict[str, Callable[[], Iterator[Case]]] = {
-    library.__name__: library
-    for library in (torchvision, segmentation_models_pytorch, timm, transformers)
+    "torch": plain_torch,
+    "torchvision": torchvision,
+    "segmentation_models_pytorch": segmentation_models_pytorch,
+    "timm": timm,
+    "transformers": transformers,
 }
 
 

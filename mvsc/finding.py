@@ -25,7 +25,7 @@ _SEGMENTERS = {
 _LAYOUTS = {
     "mmseg": ("decode_head.conv_seg", "decode_head.-1.conv_seg"),
     "segmentation_models_pytorch": ("segmentation_head.0", "segmentation_head.head.4"),
-    "torchvision": ("classifier.4",),
+    "torchvision": ("classifier.-1",),
     "transformers": (
         "decode_head.classifier",
         "segmentation_head.classifier.convolution",
@@ -34,7 +34,7 @@ _LAYOUTS = {
         "decoder.head",
     ),
 }
-"""Where these segmenters keep their classifier; ``-1`` is the last stage of a cascade."""
+"""Where these segmenters keep their classifier; ``-1`` is the last of a list."""
 
 _QUERY_CLASSIFIERS = {"class_predictor", "class_embed", "cls_embed", "class_labels_classifier"}
 
@@ -81,15 +81,17 @@ def find_classifier(
     if classifier is not None:
         named = _linear_inside(model, _path_of(model, classifier))
         return named if example is None else _prove(model, named, example)
-    host = _host(model)
-    path = None if host is None else _path_in_host(model, *host)
+    hosts = _hosts(model)
+    path = _path_in_host(model, *hosts[0]) if len(hosts) == 1 else None
     if example is not None:
         return _prove(model, path, example)
     if path is not None:
         return path
     candidates = _candidates(model)
-    if host is not None:
-        why = f"not where {host[1]} keeps a pixel classifier"
+    if hosts:
+        why = f"not where {hosts[0][1]} keeps a pixel classifier"
+        if len(hosts) > 1:
+            why = f"in one of {len(hosts)} segmenters"
         raise _not_found(model, dict.fromkeys(candidates, why))
     fit = [path for path, reason in candidates.items() if not reason]
     if len(fit) != 1:
@@ -135,14 +137,18 @@ def _linear_inside(model: nn.Module, path: str) -> str:
     )
 
 
-def _host(model: nn.Module) -> tuple[str, str] | None:
-    """Return path and library of the outermost segmenter of a known library in ``model``."""
+def _hosts(model: nn.Module) -> list[tuple[str, str]]:
+    """Return path and library of each outermost segmenter of a known library in ``model``."""
+    hosts: list[tuple[str, str]] = []
     for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") or not outer for outer, _ in hosts):
+            continue
         for base in type(module).__mro__:
             library = base.__module__.partition(".")[0]
             if base.__name__.endswith(_SEGMENTERS.get(library, ())):
-                return path, library
-    return None
+                hosts.append((path, library))
+                break
+    return hosts
 
 
 def _path_in_host(model: nn.Module, path: str, library: str) -> str | None:
@@ -150,8 +156,14 @@ def _path_in_host(model: nn.Module, path: str, library: str) -> str | None:
         module, names = model.get_submodule(path), [path] if path else []
         for name in layout.split("."):
             children = dict(module.named_children())
-            name = [*children, name][-2 if name == "-1" and children else -1]
+            listed = isinstance(module, nn.Sequential | nn.ModuleList)
+            if name == "-1" and listed and children:
+                name = next(reversed(children))
             if name not in children:
+                break
+            # What parameters follow would belong to a head of the user's own.
+            after = list(children.values())[list(children).index(name) + 1 :]
+            if isinstance(module, nn.Sequential) and any([*m.parameters()] for m in after):
                 break
             module, names = children[name], [*names, name]
         else:

@@ -125,6 +125,7 @@ def test_the_recipe_for_query_models_trains_the_other_ones_too(matrix, model, wi
         ("torchvision", "lraspp_mobilenet_v3_large"),
         ("segmentation_models_pytorch", "FPN"),
         ("segmentation_models_pytorch", "DPT"),
+        ("torch", "SegNet, code of one's own"),
         ("timm", "resnet18 + own 1x1 head"),
         ("transformers", "Segformer"),
         ("transformers", "UperNet, Swin"),
@@ -198,6 +199,27 @@ def test_the_auxiliary_head_of_dpt_is_refuted_by_an_example(matrix):
 def test_a_segmenter_inside_a_module_of_ones_own_is_found():
     model = torch.nn.ModuleDict({"network": tiny_segformer()})
     assert attach(model).classifier_path == "network.decode_head.classifier"
+
+
+def test_two_segmenters_in_one_module_are_told_apart_by_the_user_only():
+    model = torch.nn.ModuleDict({"student": tiny_segformer(), "teacher": tiny_segformer()})
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert "student.decode_head.classifier: Conv2d 1x1, 16 -> 13: in one of 2" in str(error.value)
+    path = "student.decode_head.classifier"
+    assert attach(model, classifier=path).classifier_path == path
+
+
+def test_a_longer_head_of_ones_own_is_not_cut_short():
+    models = pytest.importorskip("torchvision.models.segmentation")
+    model = models.fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES)
+    model.classifier.extend([torch.nn.ReLU(), torch.nn.Conv2d(CLASSES, 7, 1)])
+    assert attach(model).classifier_path == "classifier.6"
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.Unet("resnet18", encoder_weights=None, classes=CLASSES)
+    model.segmentation_head.append(torch.nn.Conv2d(CLASSES, 7, 1))
+    with pytest.raises(ClassifierNotFoundError, match=r'classifier="segmentation_head\.3"'):
+        attach(model)
 
 
 def test_a_segmenter_with_a_replaced_head_is_not_guessed_at():
