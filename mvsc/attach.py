@@ -390,8 +390,9 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
 
     Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
     """
-    leaves = [module for module in model.modules() if not [*module.children()]]
-    before = leaves[: leaves.index(model.get_submodule(path))][-1:]
+    modules = list(model.modules())
+    earlier = modules[: modules.index(model.get_submodule(path))]
+    before = [module for module in earlier if not [*module.children()]][-1:]
     beside = model.get_submodule(entrance.rpartition(".")[0]).children()
     return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
 

@@ -122,6 +122,8 @@ def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
 def _linear_inside(model: nn.Module, path: str) -> str:
     """Return the path of the only layer with parameters at or below ``path``, if linear."""
     module = model.get_submodule(path)
+    if isinstance(module, Linear):
+        return path
     layers = [
         (f"{path}.{name}".strip("."), layer)
         for name, layer in module.named_modules()
@@ -178,15 +180,20 @@ def _candidates(model: nn.Module) -> dict[str, str]:
     Nothing follows a classifier, so nothing in the model is as wide as its classes; only the
     first layer, which reads the image, may be by chance.
     """
-    leaves = {path: leaf for path, leaf in model.named_modules() if not [*leaf.children()]}
-    read = [(path, _width_read(leaf)) for path, leaf in leaves.items() if _width_read(leaf)][1:]
+    # A linear layer with a parametrization has children too.
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Linear) or not [*module.children()]
+    }
+    read = [(path, _width_read(layer)) for path, layer in layers.items() if _width_read(layer)]
     candidates = {}
-    for path, leaf in leaves.items():
-        width = _width_given(leaf)
-        if width < 2 or any(width == other for reader, other in read if reader != path):
+    for path, layer in layers.items():
+        width = _width_given(layer)
+        if width < 2 or any(width == other for reader, other in read[1:] if reader != path):
             continue
         candidates[path] = ""
-        if not isinstance(leaf, nn.Conv2d):
+        if not isinstance(layer, nn.Conv2d):
             candidates[path] = "a Linear, which may answer for something else than a pixel"
         if "aux" in path.lower():
             candidates[path] = "auxiliary, by its name"

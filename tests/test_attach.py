@@ -588,6 +588,15 @@ def test_a_named_module_may_hold_the_classifier():
     assert attach(model, classifier="head").classifier_path == "head.1"
 
 
+def test_a_classifier_with_a_parametrization_is_one(images, labels):
+    model = Net(nn.Dropout(0.5))
+    nn.utils.parametrizations.weight_norm(model.classifier)
+    for name in (None, "classifier"):
+        with attach(model, classifier=name) as reg:
+            model(images)
+            assert reg(labels).item() > 0
+
+
 def test_a_named_module_without_one_linear_layer_raises():
     with pytest.raises(
         ValueError, match=r"or hold just one, got Sequential 'encoder' with.*0 \(Conv"
