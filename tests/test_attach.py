@@ -218,10 +218,16 @@ def test_keys_parameters_and_outputs_of_the_model_do_not_change(images, labels):
 
 
 def test_attach_and_the_loss_leave_the_global_random_state_alone(images, labels):
-    model = Net()
+    class Noisy(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images + torch.rand_like(images))
+
+    model = Noisy()
     state = torch.get_rng_state()
     reg = attach(model, example=images)
+    assert torch.equal(torch.get_rng_state(), state)
     model(images)
+    state = torch.get_rng_state()
     reg(labels)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -635,9 +641,10 @@ def test_auxiliary_heads_and_linear_layers_are_listed_but_not_taken(images):
     assert "scene: Linear, 8 -> 7: a Linear, which may" in str(error.value)
 
 
-def test_a_model_without_a_candidate_says_so():
+@pytest.mark.parametrize("last", [nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1, groups=2)])
+def test_a_model_without_a_candidate_says_so(last):
     with pytest.raises(ClassifierNotFoundError, match="none: no Conv2d or Linear whose output"):
-        attach(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        attach(nn.Sequential(nn.Conv2d(3, 8, 3), last))
 
 
 def test_an_example_tells_two_heads_apart(images):

@@ -201,6 +201,16 @@ def test_a_segmenter_inside_a_module_of_ones_own_is_found():
     assert attach(model).classifier_path == "network.decode_head.classifier"
 
 
+def test_an_example_proves_a_known_layout_too():
+    """With an activation behind it the classifier gives no longer what the model returns."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    settings = {"encoder_weights": None, "classes": CLASSES, "activation": "softmax2d"}
+    model = smp.Linknet("resnet18", **settings)
+    with pytest.raises(ClassifierNotFoundError, match=r"segmentation_head\.0.*not the logits"):
+        attach(model, example=torch.randn(1, 3, 64, 64))
+    assert attach(model).classifier_path == "segmentation_head.0"
+
+
 def test_two_segmenters_in_one_module_are_told_apart_by_the_user_only():
     model = torch.nn.ModuleDict({"student": tiny_segformer(), "teacher": tiny_segformer()})
     with pytest.raises(ClassifierNotFoundError) as error:
