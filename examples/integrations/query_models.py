@@ -1,8 +1,6 @@
 """MaskFormer, Mask2Former, OneFormer, EoMT: an auxiliary 1x1 head on the pixel embedding.
 
-These models classify queries, so no layer of theirs answers for a pixel. The head does, with a
-cross-entropy of its own; the regularizer acts on the embedding that the masks are made of. Drop the
-head after training.
+The masks are made of that embedding. The head answers for its pixels; drop it after training.
 """
 
 from typing import Any
@@ -52,11 +50,11 @@ def train(model: nn.Module, dim: int, **inputs: Tensor) -> mvsc.MVSCRegularizer:
 
 
 def main() -> mvsc.MVSCRegularizer:
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    swin = SwinConfig(embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 2, 2], out_features=stages)
+    stages = {"depths": [1] * 4, "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    swin = SwinConfig(embed_dim=16, num_heads=[1, 2, 2, 2], **stages)
     small = {"hidden_dim": 32, "mask_feature_size": 32, "encoder_layers": 1, "decoder_layers": 2}
     config = Mask2FormerConfig(backbone_config=swin, num_labels=CLASSES, **small)
-    return train(Mask2FormerForUniversalSegmentation(config), dim=config.mask_feature_size)
+    return train(Mask2FormerForUniversalSegmentation(config), dim=32)
 
 
 if __name__ == "__main__":
