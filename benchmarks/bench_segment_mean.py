@@ -9,6 +9,7 @@ forward has to read the map once, backward to write its gradient once.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -22,6 +23,8 @@ from mvsc import segment_mean
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMMON = (torch.float32, torch.bfloat16)
+"""Dtypes for which the slow ways are timed too."""
 PAPER = (171, 4)
 """Classes of COCO-Stuff and the paper's best number of groups."""
 
@@ -94,6 +97,7 @@ WAYS: dict[str, Way] = {
     "sort + segment_reduce": sort_segment_reduce,
     "sort + embedding_bag": sort_embedding_bag,
 }
+# Timed forward only: backward, the loop zeroes a map of gradients for each cell.
 SLOW = ("Python loop over cells", "one-hot matmul", "sort + segment_reduce")
 
 try:
@@ -117,36 +121,32 @@ def main() -> None:
     device, quick = torch.device(arguments.device), arguments.quick
 
     size = 8 if quick else 128
-    rounds = 1 if quick else 15
-    every_way = [
-        row
-        for dtype in DTYPES
-        for layout in LAYOUTS
-        for row in compare(device, layout, dtype, size, *PAPER, rounds, WAYS)
-    ]
+    rounds, few = (1, 1) if quick else (7, 3)
     fast = {name: way for name, way in WAYS.items() if name not in SLOW}
-    cells = [
-        row
-        for classes in (19, 150, 171, 1000)
-        for groups in (1, 4, 8)
-        for layout in LAYOUTS
-        for row in compare(device, layout, torch.float32, size, classes, groups, rounds, fast)
-    ]
-    sizes = [
-        row
-        for each in ((4, 8) if quick else (64, 128, 256))
-        for layout in LAYOUTS
-        for row in compare(device, layout, torch.float32, each, *PAPER, rounds, fast)
-    ]
+    tables: dict[str, list[dict[str, object]]] = {
+        "Every way, layout and dtype (B=4, D=256, 128 x 128, C=171, G=4)": [],
+        "Number of cells (float32, the ways that are not hopeless)": [],
+        "Size of the map (float32, C=171, G=4)": [],
+    }
+    every_way, cells, sizes = tables.values()
+    for layout in LAYOUTS:
+        for dtype in DTYPES:
+            ways = WAYS if dtype in COMMON else fast
+            every_way += compare(device, layout, dtype, size, *PAPER, rounds, ways)
+        # Written again as each part is done: what is measured stays if the run is stopped.
+        finish(tables, device, quick)
+    for classes, groups in itertools.product((19, 150, 171, 1000), (1, 4, 8)):
+        for layout in LAYOUTS:
+            cells += compare(device, layout, torch.float32, size, classes, groups, few, fast)
+    finish(tables, device, quick)
+    for each, layout in itertools.product((4, 8) if quick else (64, 128, 256), LAYOUTS):
+        sizes += compare(device, layout, torch.float32, each, *PAPER, few, fast)
+    finish(tables, device, quick)
+
+
+def finish(tables: dict[str, list[dict[str, object]]], device: torch.device, quick: bool) -> None:
     if not quick:
-        titles = (
-            "Every way, layout and dtype (B=4, D=256, 128 x 128, C=171, G=4)",
-            "Number of cells (float32, the ways that are not hopeless)",
-            "Size of the map (float32, C=171, G=4)",
-        )
-        write(
-            "bench_segment_mean", device, dict(zip(titles, (every_way, cells, sizes), strict=True))
-        )
+        write("bench_segment_mean", device, tables)
 
 
 def compare(
@@ -178,20 +178,19 @@ def compare(
     for name, way in ways.items():
         means = way(features, cells, num_cells)
         assert_close(means.double(), reference, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: n + m)
+        forward[name] = partial(way, features.detach(), cells, num_cells)
+        if name in SLOW:
+            continue
         (gradient,) = torch.autograd.grad(means, features, sent.to(means.dtype))
         wide = {"rtol": 2e-2, "atol": 1e-4} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-6}
         assert_close(gradient.double(), exact.grad, **wide, msg=lambda m, n=name: n + m)
-        forward[name] = partial(way, features.detach(), cells, num_cells)
         both[name] = partial(_forward_backward, way, features, cells, num_cells, sent)
     limits = {"read": features.detach().sum, "write": partial(torch.full_like, features, 1.0)}
-    few = {name: 1 + rounds // 5 if name in SLOW else rounds for name in ways}
-    fast = [name for name in ways if name not in SLOW]
-    times = medians({**limits, **{name: both[name] for name in fast}}, rounds)
+    times = medians({**limits, **both}, rounds)
     limit = times["read"] + times["write"]
-    forward_times = medians({name: forward[name] for name in fast}, rounds)
-    for name in ways.keys() - set(fast):
-        times |= medians({name: both[name]}, few[name])
-        forward_times |= medians({name: forward[name]}, few[name])
+    quick = {name: way for name, way in forward.items() if name not in SLOW}
+    slow = {name: way for name, way in forward.items() if name in SLOW}
+    forward_times = medians(quick, rounds) | medians(slow, 1 + rounds // 5)
     return [
         {
             "dtype": str(dtype).removeprefix("torch."),
@@ -201,8 +200,8 @@ def compare(
             "map": f"{size} x {size}",
             "way": name,
             "forward ms": forward_times[name],
-            "forward + backward ms": times[name],
-            "over read + write": times[name] / limit,
+            "forward + backward ms": times.get(name, "not timed"),
+            "over read + write": times[name] / limit if name in times else "",
             "read ms": times["read"],
             "write ms": times["write"],
         }

@@ -14,7 +14,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "mutations.md"]
+exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
@@ -23,7 +23,9 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 # Types of other projects: the build works without network, so nothing is linked outside.
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|Tensor|Callable|collections|typing|logging|weakref).*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|Tensor|Callable|collections|typing|logging|weakref).*")
+]
 
 html_theme = "furo"
 html_title = "mvsc"

@@ -256,7 +256,8 @@ class MVSCRegularizer(nn.Module):
         self._check(features, labels, classifier)
         self._advance()
         device_type = features.device.type
-        if not torch.amp.is_autocast_available(device_type):
+        # The compiler of torch 2.6 cannot ask, so it is taken for granted there.
+        if not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)):
             return self._terms(features, labels, classifier, weights)
         # Sums, norms and logits in float32, whatever the model around runs in.
         with torch.autocast(device_type, enabled=False):
@@ -385,7 +386,7 @@ def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:
     averaged, by its hooks: both have to be called.
     """
     forwards = (nn.Conv2d.forward, nn.Linear.forward)
-    plain = isinstance(classifier, nn.Conv2d | nn.Linear) and type(classifier).forward in forwards
+    plain = isinstance(classifier, (nn.Conv2d, nn.Linear)) and type(classifier).forward in forwards
     return plain and not checks.is_sharded(classifier)
 
 

@@ -75,18 +75,17 @@ def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor
 # the layout and dtype of its map. And the compiler leaves them alone: inductor would turn
 # them into atomic additions, slower and summed in another order than in eager mode.
 #
-# Which way for which map (2 Xeon cores, torch 2.15, B=4, D=256, 128 x 128, 684 cells;
-# `benchmarks/bench_segment_mean.py` measures every way again):
+# Which way for which map, in milliseconds (2 Xeon cores, torch 2.15, B=4, D=256, 128 x 128,
+# 684 cells; `benchmarks/bench_segment_mean.py` measures every way again):
 #
-#   map                    sums                            ms    gradient               ms
-#   contiguous fp32        index_add along the pixels     7.2    gather, pixel axis   19.4
-#   contiguous bf16        the same, block-wise float32   8.5    the same, as int16   12.3
-#   channels_last fp32     index_add of rows              3.3    index_select         14.6
-#   channels_last bf16     the same, block-wise float32   5.3    index_select          7.3
+#   map                    sums                                  gradient                with it
+#   contiguous fp32        index_add along the pixels     11.9   gather, pixel axis         36.2
+#   contiguous bf16        the same, block-wise float32   12.3   the same, as int16         31.8
+#   channels_last fp32     index_add of rows               5.4   index_select               27.6
+#   channels_last bf16     the same, block-wise float32    6.9   index_select               18.7
 #
-# A plain read of the float32 map takes 1.2 ms and a plain write 14.3 ms (half of it in
-# bf16), so the gradient is at the memory's limit. On CUDA the same ways are taken; no
-# other was measured there yet.
+# A plain read of the float32 map took 3 ms and a plain write 17 ms in that run, in bf16 half of
+# it. On CUDA the same ways are taken; no other was measured there yet.
 
 _BLOCK = 2**14
 """Pixels that are added at once: a half-precision map is widened by the block, never whole."""
@@ -101,17 +100,15 @@ def _sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     dim, dtype = features.shape[1], _sum_dtype(features)
     as_rows = _is_channels_last(features)
     shape = (num_cells, dim) if as_rows else (dim, num_cells)
-    total, sums = features.new_zeros(shape, dtype=dtype), features.new_zeros(shape, dtype=dtype)
-    added = 0
+    sums, total, added = features.new_zeros(shape, dtype=dtype), None, 0
     for block, index in _blocks(features, cells):
         if added + len(index) > _LONGEST_SUM:
-            total += sums
-            sums.zero_()
-            added = 0
+            total = sums if total is None else total.add_(sums)
+            sums, added = torch.zeros_like(sums), 0
         sums.index_add_(0 if as_rows else 1, index, block.to(dtype))
         added += len(index)
-    total += sums
-    return total if as_rows else total.t().contiguous()
+    total = sums if total is None else total.add_(sums)
+    return total if as_rows else total.t()
 
 
 def _blocks(features: Tensor, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,7 +150,10 @@ def _is_channels_last(features: Tensor) -> bool:
 
 @_sum.register_fake
 def _(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    return features.new_empty(num_cells, features.shape[1], dtype=_sum_dtype(features))
+    dim, dtype = features.shape[1], _sum_dtype(features)
+    if _is_channels_last(features):
+        return features.new_empty(num_cells, dim, dtype=dtype)
+    return features.new_empty(dim, num_cells, dtype=dtype).t()
 
 
 @_spread.register_fake

@@ -3,7 +3,7 @@
     python tests/mutations.py            # all, a quarter of an hour on 2 cores
     python tests/mutations.py 3 17       # some, by number
 
-Works on a copy in a temporary folder. Prints the Markdown table of ``docs/contract.md``.
+Works on a copy in a temporary folder. Prints a Markdown table.
 """
 
 import os

@@ -446,7 +446,12 @@ def test_the_hot_path_reads_nothing_back(monkeypatch):
         step.loss()
 
 
-@pytest.mark.parametrize("dynamic", [False, None, True])
+OLD_COMPILER = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="with dynamic=True torch 2.6 cannot trace integer hashes"
+)
+
+
+@pytest.mark.parametrize("dynamic", [False, None, pytest.param(True, marks=OLD_COMPILER)])
 def test_compiled_numbers_are_the_eager_ones(dynamic):
     torch.compiler.reset()
     eager = example()

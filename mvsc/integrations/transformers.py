@@ -85,7 +85,11 @@ class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if args.should_save:
-            torch.save(self.reg.state_dict(), self._file(args, state))
+            file = self._file(args, state)
+            # Moved when it is whole: a run that is killed here leaves no half file behind.
+            partial = file.with_suffix(".partial")
+            torch.save(self.reg.state_dict(), partial)
+            partial.replace(file)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
