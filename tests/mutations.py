@@ -36,7 +36,7 @@ BUGS = [
     ("equations", "return 1 - einsum(", "return einsum(", "sign of Eq. 3"),
     ("segment", "sums / counts.clamp_min(1).unsqueeze(-1)", "sums / counts.unsqueeze(-1)", "an empty cell divides by zero"),
     ("segment", "dtype = features.shape[1], _sum_dtype(features)", "dtype = features.shape[1], features.dtype", "half accumulation"),
-    ("segment", "            total += sums\n            sums.zero_()\n", "            sums.zero_()\n", "a block is lost"),
+    ("segment", "            total = sums if total is None else total.add_(sums)\n            sums,", "            sums,", "a block is lost"),
     ("segment", "if added + len(index) > _LONGEST_SUM:", "if False:", "one long float32 sum"),
     ("segment", "return _Spread.apply(grad, cells, ctx.dtype, ctx.channels_last), None, None", "return _Spread.apply(grad, cells, ctx.dtype, False), None, None", "gradient in another layout"),
     ("segment", "ctx.save_for_backward(cells)\n        ctx.dtype, ctx.channels_last", "ctx.save_for_backward(cells)\n        ctx.kept = features.float()\n        ctx.dtype, ctx.channels_last", "a float32 copy of the features is kept"),

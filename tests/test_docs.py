@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import mutations
 import mvsc
 
 ROOT = Path(__file__).parents[1]
@@ -87,3 +88,10 @@ def test_every_proof_on_the_contract_page_exists():
     defined = set(re.findall(r"^(?:def|class) (\w+)", tests, re.MULTILINE))
     assert len(proofs) > 40
     assert proofs <= defined
+
+
+def test_every_bug_to_be_planted_still_has_its_place():
+    for name, line, wrong, _ in mutations.BUGS:
+        source = (ROOT / "mvsc" / f"{name}.py").read_text("utf-8")
+        assert line in source, line
+        assert line != wrong
