@@ -79,12 +79,12 @@ def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor
 # 684 cells; `benchmarks/bench_segment_mean.py` measures every way again):
 #
 #   map                    sums                                  gradient                with it
-#   contiguous fp32        index_add along the pixels     11.9   gather, pixel axis         36.2
-#   contiguous bf16        the same, block-wise float32   12.3   the same, as int16         31.8
-#   channels_last fp32     index_add of rows               5.4   index_select               27.6
-#   channels_last bf16     the same, block-wise float32    6.9   index_select               18.7
+#   contiguous fp32        index_add along the pixels     12.3   gather, pixel axis         32.7
+#   contiguous bf16        the same, block-wise float32   10.5   the same, as int16         25.0
+#   channels_last fp32     index_add of rows               3.5   index_select               20.9
+#   channels_last bf16     the same, block-wise float32    6.9   index_select               16.1
 #
-# A plain read of the float32 map took 3 ms and a plain write 17 ms in that run, in bf16 half of
+# A plain read of the float32 map took 2 ms and a plain write 14 ms in that run, in bf16 half of
 # it. On CUDA the same ways are taken; no other was measured there yet.
 
 _BLOCK = 2**14
