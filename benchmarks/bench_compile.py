@@ -4,12 +4,11 @@ python benchmarks/bench_compile.py            # writes benchmarks/results/
 python benchmarks/bench_compile.py --quick    # tiny: equality only, writes nothing
 """
 
-import argparse
 import copy
 from functools import partial
 
 import torch
-from measure import medians, write
+from measure import command_line, medians, write
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -17,11 +16,7 @@ from mvsc import MVSCRegularizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device, quick = torch.device(arguments.device), arguments.quick
+    device, quick = command_line(__doc__)
     classes, dim, side = (5, 8, 8) if quick else (171, 256, 128)
     backend = "aot_eager" if quick else "inductor"
     rows = []

@@ -7,12 +7,11 @@ One quantity grows at a time from B=4, D=256, 128 x 128, C=171, G=4; forward and
 contiguous. The slope is that of a straight line through the points in log-log.
 """
 
-import argparse
 from functools import partial
 
 import numpy as np
 import torch
-from measure import RESULTS, medians, write
+from measure import RESULTS, command_line, medians, write
 from torch import nn
 
 from mvsc import MVSCRegularizer, segment_mean
@@ -27,11 +26,7 @@ GROWTH = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device, quick = torch.device(arguments.device), arguments.quick
+    device, quick = command_line(__doc__)
     rows, slopes = [], []
     for what, values in GROWTH.items():
         values = (

@@ -8,14 +8,13 @@ memory's limits, a plain read and a plain write of the same map, are measured in
 forward has to read the map once, backward to write its gradient once.
 """
 
-import argparse
 import itertools
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import medians, write
+from measure import command_line, medians, write
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -114,11 +113,7 @@ else:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, equality only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device, quick = torch.device(arguments.device), arguments.quick
+    device, quick = command_line(__doc__)
 
     size = 8 if quick else 128
     rounds, few = (1, 1) if quick else (7, 3)

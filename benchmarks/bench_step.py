@@ -9,13 +9,12 @@ step's own features and labels, forward and backward to the features and its own
 the difference of two noisy steps would say nothing about one per cent.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import medians, write
+from measure import command_line, medians, write
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50
@@ -72,11 +71,7 @@ class PrototypeLoop:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device, quick = torch.device(arguments.device), arguments.quick
+    device, quick = command_line(__doc__)
     batch = 16 if device.type == "cuda" else 2
     size, rounds = (64, 1) if quick else (512, 7)
     if quick:

@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved medians, and results as JSON and a Markdown table."""
 
+import argparse
 import json
 import os
 import platform
@@ -12,6 +13,15 @@ import torch
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_line(description: str) -> tuple[torch.device, bool]:
+    """Read ``--device`` and ``--quick``, which every benchmark has."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, correctness only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    return torch.device(arguments.device), arguments.quick
 
 
 def medians(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

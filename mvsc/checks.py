@@ -12,16 +12,15 @@ _CHANNEL_DROPOUTS_AND_NORMS = (nn.modules.dropout._DropoutNd, nn.modules.batchno
 
 def check_positive_int(name: str, value: object) -> None:
     """Raise unless ``value`` is an int, at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {_describe(value)}. Pass a whole number.")
-    if value < 1:
+    if check_int(name, value) < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def check_int(name: str, value: object) -> None:
-    """Raise unless ``value`` is an int."""
+def check_int(name: str, value: object) -> int:
+    """Raise unless ``value`` is an int; return it."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {_describe(value)}. Pass a whole number.")
+    return value
 
 
 def check_temperature(value: object) -> None:
