@@ -295,7 +295,7 @@ def load_data(settings: Settings) -> Data:
         )
         classes = list(TEXTURES)
     else:
-        classes = read_classes(settings.data)
+        classes = read_classes(settings.data / "classes.txt")
         train, val = (
             read_split(settings.data, name, settings.size, len(classes))
             for name in ("train", "val")
@@ -308,8 +308,7 @@ def load_data(settings: Settings) -> Data:
     return Data(train, val, classes)
 
 
-def read_classes(folder: Path) -> list[str]:
-    path = folder / "classes.txt"
+def read_classes(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} is missing. Write one class name a line, class 0 first.")
     classes = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
@@ -362,13 +361,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def read_indices(image: Image.Image, path: Path, num_classes: int) -> np.ndarray:
-    # Never convert("L"): that makes greys of a palette's colours, and class 0 of most labels.
-    if image.mode not in {"P", "L", "I;16", "I"}:
-        raise ValueError(
-            f"{path} must hold one class index for each pixel (mode P, L, I;16 or I), got mode "
-            f"{image.mode}. Save the indices of the classes, not their colours."
-        )
-    indices = np.array(image)
+    indices = stored_indices(image, path)
     values = np.unique(indices)
     wrong = values[((values < 0) | (values >= num_classes)) & (values != IGNORE)]
     if len(wrong):
@@ -378,6 +371,16 @@ def read_indices(image: Image.Image, path: Path, num_classes: int) -> np.ndarray
             "at 1?) or complete classes.txt."
         )
     return indices.astype(np.uint8)
+
+
+def stored_indices(image: Image.Image, path: Path) -> np.ndarray:
+    # Never convert("L"): that makes greys of a palette's colours, and class 0 of most labels.
+    if image.mode not in {"P", "L", "I;16", "I"}:
+        raise ValueError(
+            f"{path} must hold one class index for each pixel (mode P, L, I;16 or I), got mode "
+            f"{image.mode}. Save the indices of the classes, not their colours."
+        )
+    return np.array(image)
 
 
 TURN = 2 * np.pi
