@@ -8,10 +8,10 @@ import copy
 from functools import partial
 
 import torch
-from measure import command_line, medians, write
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from measure import command_line, medians, write
 from mvsc import MVSCRegularizer
 
 

@@ -11,9 +11,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from measure import RESULTS, command_line, medians, write
 from torch import nn
 
+from measure import RESULTS, command_line, medians, write
 from mvsc import MVSCRegularizer, segment_mean
 
 BASE = {"pixels": 128 * 128, "D": 256, "C": 171, "G": 4}

@@ -14,10 +14,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import command_line, medians, write
 from torch import Tensor
 from torch.testing import assert_close
 
+from measure import command_line, medians, write
 from mvsc import segment_mean
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from measure import command_line, medians, write
 from pytorch_metric_learning.losses import ProxyAnchorLoss
 from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from measure import command_line, medians, write
 from mvsc import MVSCRegularizer, segment_mean
 from mvsc.sampling import draw_groups, labels_on_grid, stream_key
 

@@ -28,11 +28,11 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from support_matrix import CLASSES, QUERIES, ROWS, Case, Row, examine, require
 from torch import Tensor, nn
 
 from mvsc.attach import attach
 from mvsc.integrations.mmseg import MVSCEncoderDecoder
+from support_matrix import CLASSES, QUERIES, ROWS, Case, Row, examine, require
 
 ADE = "4xb4-80k_ade20k-512x512"
 UNCERTAIN = "No pixel classifier is certain"

@@ -21,10 +21,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from quickstart import IGNORE, open_image, read_classes, stored_indices
 from scipy.io import loadmat
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+
+from quickstart import IGNORE, open_image, read_classes, stored_indices
 
 LAYOUTS = ("cocostuff10k", "cocostuff164k", "ade20k", "folder")
 NAMES = Path(__file__).parent / "classes"

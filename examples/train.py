@@ -1,0 +1,373 @@
+"""Train a segmenter by a named recipe, with MVSC or without.
+
+    python examples/train.py ade20k-segformer-b0 --data-root DIR
+    python examples/train.py ade20k-segformer-b0 --data-root DIR --no-mvsc
+    accelerate launch examples/train.py cocostuff10k-segformer-b4 --data-root DIR
+    python examples/train.py folder-segformer-lite0 --data-root DIR --resume
+
+The run's folder gets ``metrics.jsonl``, ``scores.json``, TensorBoard events,
+``best.safetensors`` and ``last.safetensors`` (weights that load without mvsc, with recipe and
+classes in their metadata), the centroids beside each, and ``last.pt``, from which ``--resume``
+goes on exactly: a step is a function of the state before it and of (seed, step), so a run that
+was killed ends with the weights of one that was not. Ctrl-C finishes the step and saves.
+"""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import mvsc
+from data import IGNORE, open_split
+from evaluate import evaluate, print_scores
+from loading import key, training_batches
+from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
+from quickstart import group_cosine
+from recipes import FREE, RECIPES, Recipe, check_recipe
+from weights import load_state, save_state, save_weights, write_whole
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits ``(batch, num_classes, h, w)`` and labels ``(batch, h, w)`` to a scalar."""
+
+Attach = Callable[[nn.Module, Recipe], Any]
+"""Makes what mvsc.attach makes: ``terms(labels)``, ``total(terms)``, ``param_group(lr=...)``."""
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Average over the labelled pixels; 0, where the mean is NaN, if there are none."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp_min(1)
+
+
+def attach(model: nn.Module, recipe: Recipe) -> mvsc.AttachedRegularizer | None:
+    """Attach MVSC with the recipe's options, or nothing for a baseline."""
+    if not recipe.mvsc:
+        return None
+    return mvsc.attach(model, ignore_index=IGNORE, seed=recipe.seed, **vars(recipe.reg))
+
+
+def train(
+    recipe: Recipe, criterion: Criterion = cross_entropy, attach: Attach = attach
+) -> dict[str, Any]:
+    """Train to the end and return the last validation's scores.
+
+    Args:
+        recipe: every setting.
+        criterion: the pixels' own loss.
+        attach: makes the regularizer, or None.
+
+    Raises:
+        ValueError: if settings, data or the run's folder do not fit, or a file is broken.
+        KeyboardInterrupt: after Ctrl-C, once everything is saved.
+    """
+    check_recipe(recipe)
+    accelerator = Accelerator(
+        cpu=recipe.cpu,
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulate,
+    )
+    device = accelerator.device
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    data, val = (open_split(recipe.layout, recipe.data_root, split) for split in ("train", "val"))
+
+    # The same initial weights with MVSC and without: its own come from a private stream.
+    torch.manual_seed(recipe.seed)
+    segmenter = build(recipe, len(data.classes))
+    if recipe.sync_bn and processes > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
+    reg = attach(segmenter.model, recipe)
+    optimizer = torch.optim.AdamW(parameter_groups(segmenter, recipe), lr=recipe.lr)
+    if reg is not None:
+        optimizer.add_param_group(reg.to(device).param_group(lr=recipe.lr * recipe.head_lr))
+    schedule = warmup_then_poly(optimizer, recipe)
+    model, optimizer = accelerator.prepare(segmenter.model, optimizer)
+
+    run = Run(recipe, accelerator, segmenter, reg, optimizer, schedule, list(data.classes))
+    step = run.start()
+    batches = iter(training_batches(data, recipe, segmenter.mean, step, rank, processes))
+    model.train()
+    with interruption() as interrupted, run.progress(step) as bar:
+        while step < recipe.steps:
+            try:
+                parts = [next(batches) for _ in range(recipe.accumulate)]
+            except ValueError:  # a broken file, which the error names
+                run.save(step)
+                raise
+            # Dropout depends on the step alone, so that no random state has to be kept.
+            torch.manual_seed(key("step", recipe.seed, step, rank))
+            for images, labels in parts:
+                images = segmenter.normalize(images.to(device, non_blocking=True))
+                labels = labels.to(device, non_blocking=True).long()
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        terms = losses(model, reg, criterion, images, labels)
+                    accelerator.backward(terms["loss"])
+                    optimizer.step()
+                    optimizer.zero_grad()
+                run.count(terms)
+            schedule.step()
+            step += 1
+            bar.update()
+
+            last = step == recipe.steps
+            stop = stop_asked(interrupted, accelerator, step % recipe.log_every == 0)
+            if last or step % recipe.log_every == 0:
+                bar.set_postfix({k: f"{v:.3g}" for k, v in run.log(step).items()})
+            if validate := last or step % recipe.eval_every == 0:
+                share_buffers(segmenter.model, processes)
+                scores = evaluate(segmenter, val, recipe, device, rank, processes)
+                run.validated(step, scores)
+            if validate or stop or step % recipe.save_every == 0:
+                run.save(step)
+            if stop and not last:
+                raise KeyboardInterrupt
+    if reg is not None and processes > 1:
+        mvsc.assert_in_sync(reg)
+    run.finish()
+    return run.scores
+
+
+def losses(
+    model: nn.Module, reg: Any, criterion: Criterion, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Compute everything that is trained on: ``loss`` is the sum, the rest its parts."""
+    logits, aux = logits_of(model(images), (labels.shape[1], labels.shape[2]))
+    own = loss = criterion(logits, labels)
+    if aux is not None:
+        loss = loss + AUXILIARY_WEIGHT * criterion(aux, labels)
+    if reg is None:
+        return {"loss": loss, "cross_entropy": own}
+    terms = reg.terms(labels)
+    return {"loss": loss + reg.total(terms), "cross_entropy": own, **terms._asdict()}
+
+
+def warmup_then_poly(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
+    """Rise in a line, fall in a line: the toolboxes' poly schedule of power 1."""
+    warmup = min(recipe.warmup, recipe.steps - 1)
+    if warmup == 0:
+        return PolynomialLR(optimizer, total_iters=recipe.steps)
+    rise = LinearLR(optimizer, start_factor=1e-6, total_iters=warmup)
+    fall = PolynomialLR(optimizer, total_iters=recipe.steps - warmup)
+    return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
+
+
+def share_buffers(model: nn.Module, processes: int) -> None:
+    """Give every process the first one's batch norm statistics, which are those that are saved."""
+    if processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+@contextmanager
+def interruption() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM, so that a step can end first; a second one ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_asked(interrupted: list[int], accelerator: Accelerator, agree: bool) -> bool:
+    """Tell whether to stop after this step; several processes agree on it now and then."""
+    if accelerator.num_processes == 1:
+        return bool(interrupted)
+    if not agree:
+        return False
+    asked = torch.tensor(float(bool(interrupted)), device=accelerator.device)
+    return bool(accelerator.reduce(asked, "sum") > 0)
+
+
+class Run:
+    """The folder of a run: metrics, weights, and the state from which it goes on."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        segmenter: Segmenter,
+        reg: Any,
+        optimizer: Any,
+        schedule: Any,
+        classes: list[str],
+    ) -> None:
+        self.recipe, self.accelerator, self.classes = recipe, accelerator, classes
+        self.model, self.reg = segmenter.model, reg
+        self.parts = {"model": self.model, "optimizer": optimizer, "schedule": schedule}
+        if reg is not None:
+            self.parts["reg"] = reg
+        if accelerator.scaler is not None:
+            self.parts["scaler"] = accelerator.scaler
+        self.folder = recipe.folder
+        self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / "last.pt"
+        self.main = accelerator.is_main_process
+        self.best = -1.0
+        self.scores: dict[str, Any] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.counted, self.logged, self.since = 0, 0, time.perf_counter()
+
+    def start(self) -> int:
+        """Load the state that is there, if the run is to be resumed; return its step.
+
+        Raises:
+            ValueError: if the folder holds a run that this one would overwrite, or another one.
+        """
+        step = 0
+        if self.state.exists() or self.metrics.exists():
+            if not self.recipe.resume:
+                raise ValueError(
+                    f"{self.folder} holds a run already. Continue it with --resume, or choose "
+                    "another folder with --out."
+                )
+            if self.state.exists():
+                step = self._load()
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_whole(self.metrics, lambda path: path.write_text(text, "utf-8"))
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
+        self.logged = step
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def progress(self, step: int) -> Any:
+        """Make the progress bar."""
+        return tqdm(
+            total=self.recipe.steps,
+            initial=step,
+            desc=self.folder.name,
+            disable=not self.main,
+            mininterval=1,
+        )
+
+    def count(self, terms: dict[str, Tensor]) -> None:
+        """Add up what is logged, on the device: nothing waits for it."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.counted += 1
+
+    def log(self, step: int) -> dict[str, float]:
+        """Write the means since the last line."""
+        line = {
+            name: self.accelerator.reduce(total / self.counted, "mean").item()
+            for name, total in self.sums.items()
+        }
+        if hasattr(self.reg, "regularizer"):
+            line["group_similarity"] = group_cosine(self.reg.regularizer.centroids.detach())
+        line["lr"] = self.parts["schedule"].get_last_lr()[0]
+        line["seconds_per_step"] = (time.perf_counter() - self.since) / (step - self.logged)
+        self.sums, self.counted, self.logged = {}, 0, step
+        self._write(step, line, line)
+        self.since = time.perf_counter()
+        return line
+
+    def validated(self, step: int, scores: dict[str, Any]) -> None:
+        """Write the scores, and keep the weights if they are the best."""
+        self.scores = scores
+        means = {f"val/{name}": value for name, value in scores.items() if name != "iou"}
+        self._write(step, {"val": scores}, means)
+        if self.main:
+            tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items()))
+        if scores["mIoU"] > self.best:
+            self.best = scores["mIoU"]
+            self._save_weights("best", step)
+        self.since = time.perf_counter()
+
+    def save(self, step: int) -> None:
+        """Write weights and state; the state last, so that what it speaks of is there."""
+        self._save_weights("last", step)
+        if self.main:
+            own = {name: part.state_dict() for name, part in self.parts.items()}
+            about = {"recipe": self.recipe.to_json(), "best": self.best, "scores": self.scores}
+            save_state(self.state, {"step": step, **about, **own})
+        self.since = time.perf_counter()
+
+    def finish(self) -> None:
+        """Leave the last scores in a small file of their own."""
+        if self.main:
+            text = json.dumps({"classes": self.classes, **self.scores}, indent=1)
+            write_whole(self.folder / "scores.json", lambda path: path.write_text(text, "utf-8"))
+            self.board.close()
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> int:
+        state = load_state(self.state)
+        before, now = (json.loads(text) for text in (state["recipe"], self.recipe.to_json()))
+        changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
+        if changed:
+            told = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+            raise ValueError(
+                f"{self.folder} holds a run with other settings: {told}. Resume it with its own, "
+                "or choose another folder with --out."
+            )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.best, self.scores = state["best"], state["scores"]
+        return int(state["step"])
+
+    def _save_weights(self, name: str, step: int) -> None:
+        if not self.main:
+            return
+        about = {"recipe": self.recipe.to_json(), "classes": self.classes, "step": step}
+        save_weights(self.folder / f"{name}.safetensors", self.model.state_dict(), **about)
+        if self.reg is not None:
+            path = self.folder / f"{name}.centroids.safetensors"
+            save_weights(path, self.reg.state_dict(), step=step)
+
+    def _write(self, step: int, line: dict[str, Any], numbers: dict[str, float]) -> None:
+        if self.main:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **line}) + "\n")
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics.jsonl; one that a killed run left half is passed over."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text("utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def command_line() -> None:
+    recipe = tyro.extras.overridable_config_cli(RECIPES)
+    try:
+        scores = train(recipe)
+    except ValueError as error:
+        # A loader's process wraps the error in its traceback; the last of it says what is wrong.
+        sys.exit(str(error).rsplit("ValueError: ", 1)[-1].strip())
+    except KeyboardInterrupt:
+        print(f"\nStopped and saved in {recipe.folder}; go on with --resume.", file=sys.stderr)
+        sys.exit(130)
+    print_scores(scores, open_split(recipe.layout, recipe.data_root, "val").classes)
+
+
+if __name__ == "__main__":
+    command_line()

@@ -1,0 +1,425 @@
+"""Training by recipe: what is written, that it resumes exactly, and that both arms are paired."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from torch.testing import assert_close
+
+import tiny_data
+
+pytest.importorskip("segmentation_models_pytorch")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import evaluate  # noqa: E402
+import loading  # noqa: E402
+import models  # noqa: E402
+import train as training  # noqa: E402
+import weights  # noqa: E402
+from data import open_split  # noqa: E402
+from recipes import RECIPES, Recipe, Regularizer, check_recipe  # noqa: E402
+from train import train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_data.make_folder(tmp_path_factory.mktemp("data") / "folder", train=5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(folder, out, **changes):
+    settings = {
+        "data_root": folder,
+        "out": out,
+        "model": "smp/Segformer/tu-test_resnet",
+        "decoder_dim": 16,
+        "pretrained": False,
+        "steps": 6,
+        "batch_size": 4,
+        "warmup": 2,
+        "lr": 1e-3,
+        "scale": (64, 48),
+        "crop": (32, 32),
+        "workers": 0,
+        "cpu": True,
+        "log_every": 2,
+        "save_every": 2,
+        "eval_every": 4,
+    }
+    return Recipe(**settings | changes)
+
+
+def interrupting(step):
+    """A criterion that presses Ctrl-C while a step is computed."""
+    calls = []
+
+    def criterion(logits, labels):
+        calls.append(None)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return training.cross_entropy(logits, labels)
+
+    return criterion
+
+
+def state_of(out):
+    return weights.load_state(out / "last.pt")
+
+
+def assert_same_state(out, other):
+    a, b = state_of(out), state_of(other)
+    for name in ("model", "reg", "optimizer", "schedule"):
+        assert_close(a.get(name), b.get(name), rtol=0, atol=0)
+
+
+def test_a_run_leaves_metrics_weights_centroids_and_scores(folder, tmp_path):
+    out = tmp_path / "new" / "run"
+    scores = train(tiny(folder, out))
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "best.centroids.safetensors",
+        "best.safetensors",
+        "last.centroids.safetensors",
+        "last.pt",
+        "last.safetensors",
+        "metrics.jsonl",
+        "scores.json",
+        "tensorboard",
+    }
+    lines = training.read_metrics(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 4, 6, 6]
+    for name in ("loss", "cross_entropy", "align", "pull", "classify", "group_similarity", "lr"):
+        assert isinstance(lines[0][name], float)
+    total = lines[0]["cross_entropy"] + 0.1 * lines[0]["align"] + lines[0]["pull"]
+    assert_close(lines[0]["loss"], total + 0.05 * lines[0]["classify"], rtol=1e-5, atol=0)
+    assert lines[-1]["val"] == scores
+    assert len(scores["iou"]) == 3
+    assert json.loads((out / "scores.json").read_text())["mIoU"] == scores["mIoU"]
+    assert set(state_of(out)["reg"]) == {"regularizer.centroids", "regularizer.step"}
+
+
+@pytest.mark.parametrize("model", ["smp/Segformer/tu-test_resnet", "segformer-b0"])
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(folder, tmp_path, model):
+    # SegFormer-B0 has dropout and stochastic depth.
+    recipe = tiny(folder, tmp_path / "whole", model=model)
+    train(recipe)
+    parts = replace(recipe, out=tmp_path / "parts", resume=True)
+    for step in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            train(parts, interrupting(step))
+    assert state_of(parts.out)["step"] == 3
+    train(parts)
+    assert_same_state(recipe.out, parts.out)
+    whole, resumed = (training.read_metrics(r.out / "metrics.jsonl") for r in (recipe, parts))
+    assert [line.get("val") for line in whole] == [line.get("val") for line in resumed]
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_logged_once(folder, tmp_path):
+    recipe = tiny(folder, tmp_path, resume=True)
+    train(recipe)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(before + '{"step": 8, "loss": 1.0}\n{"step": 9, "lo')
+    train(recipe)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_the_parts_of_an_accumulated_batch_are_those_of_the_whole(folder, tmp_path):
+    data = open_split("folder", folder, "train")
+    recipe = tiny(folder, tmp_path)
+    whole = loading.training_batches(data, recipe, models.HALF[0], step=1)
+    halves = loading.training_batches(data, replace(recipe, accumulate=2), models.HALF[0], step=1)
+    halves = list(halves)
+    for number, (images, labels) in enumerate(whole):
+        first, second = halves[2 * number : 2 * number + 2]
+        assert_close(images, torch.cat([first[0], second[0]]), rtol=0, atol=0)
+        assert_close(labels, torch.cat([first[1], second[1]]), rtol=0, atol=0)
+
+
+def test_workers_and_processes_change_no_image(folder, tmp_path):
+    data, recipe = open_split("folder", folder, "train"), tiny(folder, tmp_path, steps=3)
+    alone = list(loading.training_batches(data, recipe, models.HALF[0], step=0))
+    helped = list(
+        loading.training_batches(data, replace(recipe, workers=2), models.HALF[0], step=0)
+    )
+    ranks = [
+        list(loading.training_batches(data, recipe, models.HALF[0], 0, rank, 2)) for rank in (0, 1)
+    ]
+    for step, (images, labels) in enumerate(alone):
+        assert_close((images, labels), tuple(helped[step]), rtol=0, atol=0)
+        assert_close(images, torch.cat([ranks[0][step][0], ranks[1][step][0]]), rtol=0, atol=0)
+
+
+def test_an_epoch_holds_every_image_once_in_another_order():
+    draws = [draw for batch in loading.Batches(7, 3, 0, 14, seed=5) for draw in batch]
+    epochs = [[d.index for d in draws if d.epoch == epoch] for epoch in range(6)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 4
+    later = [draw for batch in loading.Batches(7, 3, 5, 14, seed=5) for draw in batch]
+    assert later == draws[15:]
+
+
+def test_the_two_arms_differ_by_the_regularizer_alone(folder, tmp_path):
+    # With all weights 0 it adds exactly nothing: another draw of weights, order, augmentation or
+    # dropout would show.
+    idle = Regularizer(align_weight=0.0, pull_weight=0.0, classify_weight=0.0)
+    recipe = tiny(folder, tmp_path / "idle", model="segformer-b0", steps=2, reg=idle)
+    train(recipe)
+    baseline = replace(recipe, mvsc=False, out=tmp_path / "baseline")
+    train(baseline)
+    a, b = (state_of(r.out)["model"] for r in (recipe, baseline))
+    assert_close(a, b, rtol=0, atol=0)
+    assert "reg" not in state_of(baseline.out)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(folder, tmp_path):
+    recipe = tiny(folder, tmp_path, steps=2)
+    train(recipe)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run already. Continue it with --resume"):
+        train(recipe)
+    other = replace(recipe, resume=True, lr=0.5, reg=Regularizer(groups=2))
+    with pytest.raises(ValueError, match=r"lr was 0.001, is 0.5.*Resume it with its own"):
+        train(other)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_finished_run_that_is_resumed_has_its_scores(folder, tmp_path):
+    recipe = tiny(folder, tmp_path, steps=2, resume=True)
+    assert train(recipe) == train(recipe)
+
+
+def test_a_truncated_image_is_named_and_everything_before_it_is_saved(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data", train=4)
+    broken = sorted((root / "images" / "train").iterdir())[2]
+    whole = broken.read_bytes()
+    recipe = tiny(root, tmp_path / "run", batch_size=1, workers=1, crop=(64, 64))
+    order = [draw.index for draws in loading.Batches(4, 1, 0, 4, recipe.seed) for draw in draws]
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=broken.name):
+        train(recipe)
+    assert state_of(recipe.out)["step"] == order.index(2)
+    broken.write_bytes(whole)
+    train(replace(recipe, resume=True))
+    train(replace(recipe, out=tmp_path / "whole"))
+    assert_same_state(recipe.out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"warmup": -1}, "warmup must not be negative, got -1"),
+        ({"crop": (100, 96)}, r"multiples of 32, got \(100, 96\)"),
+        ({"scale": (48, 64)}, "longer and the shorter side"),
+        ({"scale_range": (0.0, 1.0)}, "scale_range must be 0 < low <= high"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(changes, text):
+    with pytest.raises(ValueError, match=text):
+        check_recipe(Recipe(data_root=Path("data"), **changes))
+
+
+def test_a_batch_that_cannot_be_split_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of processes x accumul"):
+        train(tiny(folder, tmp_path, accumulate=3))
+
+
+@pytest.mark.parametrize("model", ["unet", "smp/Nothing/resnet18", "segformer-b9", "deeplabv3"])
+def test_an_unknown_model_is_refused(model):
+    with pytest.raises(ValueError, match="model must"):
+        models.build(Recipe(data_root=Path(), model=model, pretrained=False), 3)
+
+
+def test_without_a_network_the_way_out_is_told(monkeypatch):
+    import transformers
+
+    def offline(name):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(transformers.SegformerModel, "from_pretrained", offline)
+    with pytest.raises(ValueError, match=r"nvidia/mit-b0 could not be had .*--no-pretrained"):
+        models.build(Recipe(data_root=Path(), model="segformer-b0"), 3)
+
+
+def test_pretrained_weights_of_segformer_land_in_the_encoder(monkeypatch):
+    import transformers
+
+    config = transformers.SegformerConfig(hidden_sizes=models.MIT["b0"][0])
+    stored = transformers.SegformerModel(config)
+    monkeypatch.setattr(transformers.SegformerModel, "from_pretrained", lambda name: stored)
+    built = models.build(Recipe(data_root=Path(), model="segformer-b0"), 3)
+    assert_close(built.encoder.state_dict(), stored.state_dict(), rtol=0, atol=0)
+
+
+def test_the_head_learns_faster_and_norm_layers_do_not_decay():
+    recipe = Recipe(data_root=Path(), model="segformer-b0", pretrained=False)
+    segmenter = models.build(recipe, 3)
+    groups = models.parameter_groups(segmenter, recipe)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(segmenter.model.parameters()))
+    head, encoder = segmenter.model.decode_head, segmenter.encoder
+    norm = next(m for m in encoder.modules() if isinstance(m, torch.nn.LayerNorm))
+    for parameter, lr, decay in [
+        (head.classifier.weight, 6e-4, 0.01),
+        (head.batch_norm.bias, 6e-4, 0.0),
+        (norm.weight, 6e-5, 0.0),
+    ]:
+        group = of[id(parameter)]
+        assert (group["lr"], group["weight_decay"]) == pytest.approx((lr, decay))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_on_a_data_set_in_its_layout(name, tmp_path):
+    make = {
+        "cocostuff10k": tiny_data.make_cocostuff10k,
+        "cocostuff164k": tiny_data.make_cocostuff164k,
+        "ade20k": tiny_data.make_ade20k,
+        "folder": tiny_data.make_folder,
+    }
+    layout = RECIPES[name][1].layout
+    root = make[layout](tmp_path / "data")
+    small = "--steps 2 --batch-size 2 --crop 32 32 --scale 64 48 --workers 0 --cpu --no-pretrained"
+    arguments = [name, "--data-root", str(root), "--out", str(tmp_path / "run"), *small.split()]
+    recipe = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
+    assert (recipe.name, recipe.layout) == (name, layout)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    # The architecture's own size is tried by hand; here its smallest sibling stands for it.
+    recipe = replace(recipe, model=recipe.model.replace("b4", "b0"), decoder_dim=16)
+    if recipe.model.startswith("deeplabv3"):
+        built = models.build(recipe, 171)
+        output = built.model(torch.zeros(2, 3, 64, 64))
+        logits, aux = models.logits_of(output, (64, 64))
+        assert logits.shape == aux.shape == (2, 171, 64, 64)
+        return
+    scores = train(recipe)
+    assert len(scores["iou"]) == len(open_split(layout, root, "val").classes)
+
+
+def test_bf16_trains(folder, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    try:
+        train(tiny(folder, tmp_path, steps=2, precision="bf16"))
+    finally:
+        AcceleratorState._reset_state()
+    assert state_of(tmp_path)["reg"]["regularizer.centroids"].dtype == torch.float32
+
+
+def test_the_exported_weights_load_where_mvsc_is_not_installed(folder, tmp_path):
+    train(tiny(folder, tmp_path, steps=2))
+    code = """
+import sys
+sys.modules["mvsc"] = None  # importing it fails
+import segmentation_models_pytorch as smp
+from safetensors.torch import load_file
+model = smp.Segformer("tu-test_resnet", encoder_weights=None, decoder_segmentation_channels=16,
+                      classes=3)
+model.load_state_dict(load_file(sys.argv[1]))
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "best.safetensors"], check=True)
+
+
+def test_evaluation_repeats_the_scores_of_the_run(folder, tmp_path, capsys):
+    scores = train(tiny(folder, tmp_path))
+    device = torch.device("cpu")
+    segmenter, recipe, classes = evaluate.load_segmenter(tmp_path / "last.safetensors", device)
+    data = open_split("folder", folder, "val")
+    assert evaluate.evaluate(segmenter, data, recipe, device) == scores
+    settings = evaluate.Settings(tmp_path / "last.safetensors", workers=0, device="cpu")
+    evaluate.main(settings)
+    assert f"mIoU {scores['mIoU']:.2f}" in capsys.readouterr().out
+    assert list(classes) == list(data.classes)
+
+
+def test_a_window_larger_than_the_image_is_the_whole_image(folder, tmp_path):
+    recipe = tiny(folder, tmp_path)
+    segmenter = models.build(recipe, 3)
+    segmenter.model.eval()
+    image, label = open_split("folder", folder, "val")[0]
+    size = tuple(label.shape)
+    whole = evaluate.logits_at(segmenter, image, size, recipe.scale)
+    window = evaluate.logits_at(segmenter, image, size, recipe.scale, window=96)
+    assert_close(window, whole, rtol=0, atol=0)
+    slid = evaluate.logits_at(segmenter, image, size, recipe.scale, window=32, stride=16)
+    assert slid.shape == whole.shape
+    assert not torch.equal(slid, whole)
+
+
+def test_windows_cover_every_pixel_and_stay_inside():
+    for length, window, stride in [(64, 32, 16), (65, 32, 20), (30, 32, 21), (32, 32, 5)]:
+        starts = evaluate._starts(length, window, stride)
+        seen = {p for s in starts for p in range(s, min(s + window, length))}
+        assert seen == set(range(length))
+        assert starts[-1] == max(length - window, 0)
+
+
+def test_scores_are_those_of_a_matrix_worked_by_hand():
+    # Class 2 is neither labelled nor predicted, class 3 predicted only.
+    confusion = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    found = evaluate.scores(confusion)
+    iou = [100 * 6 / 9, 100 * 3 / 7, None, 0.0]
+    assert found["iou"] == pytest.approx(iou)
+    assert found["mIoU"] == pytest.approx(sum(v for v in iou if v is not None) / 3)
+    assert found["mAcc"] == pytest.approx(100 * (6 / 8 + 3 / 5) / 2)
+    assert found["aAcc"] == pytest.approx(100 * 9 / 13)
+
+
+def test_files_that_are_no_weights_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none.safetensors is missing"):
+        weights.load_weights(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match=r"bad.safetensors must be a .safetensors file"):
+        weights.load_weights(tmp_path / "bad.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(partial):
+        partial.write_text("ne")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        weights.write_whole(path, write)
+    assert path.read_text() == "old"
+
+
+def test_crops_hold_what_the_label_says(folder, tmp_path):
+    """Colour and class must move together through scale, crop and flip."""
+    from torchvision import tv_tensors
+
+    label = torch.zeros(48, 64, dtype=torch.uint8)
+    label[:, 20:40], label[30:] = 1, 2
+    shades = torch.tensor([0, 120, 240], dtype=torch.uint8)
+    image = tv_tensors.Image(shades[label.long()].expand(3, -1, -1).clone())
+    recipe = tiny(folder, tmp_path, cat_max_ratio=1.0, crop=(64, 64))
+    augmented = loading.Augmented([(image, tv_tensors.Mask(label))], recipe, (0.5, 0.5, 0.5))
+    loading_photometric, loading.PHOTOMETRIC = loading.PHOTOMETRIC, lambda image: image
+    try:
+        for epoch in range(20):
+            pixels, classes = augmented[loading.Draw(epoch, 0)]
+            assert pixels.shape == (3, 64, 64)
+            known = classes != 255
+            assert (pixels[:, ~known] == 128).all()
+            # Pixels on a border are blended.
+            right = (pixels[0][known].int() - shades[classes[known].long()].int()).abs() < 60
+            assert right.float().mean() > 0.9
+    finally:
+        loading.PHOTOMETRIC = loading_photometric
