@@ -273,7 +273,7 @@ class Run:
             name: self.accelerator.reduce(total / self.counted, "mean").item()
             for name, total in self.sums.items()
         }
-        if hasattr(self.reg, "regularizer"):
+        if hasattr(self.reg, "regularizer") and hasattr(self.reg.regularizer, "centroids"):
             line["group_similarity"] = group_cosine(self.reg.regularizer.centroids.detach())
         line["lr"] = self.parts["schedule"].get_last_lr()[0]
         line["seconds_per_step"] = (time.perf_counter() - self.since) / (step - self.logged)

@@ -1,0 +1,129 @@
+"""Print the tables of the study from its kept scores, and write them to results/report.md.
+
+    python benchmarks/effect/report.py
+
+Differences are paired: the arm's score minus that of cross-entropy alone with the same seed. The
+95 % interval is Student's, over the seeds that both have.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t
+
+RESULTS = Path(__file__).parent / "results"
+Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
+SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mIoU": "boundary"}
+
+
+def load(results: Path, kind: str = "val") -> dict[tuple[str, str], Cells]:
+    """Read every cell: (schedule, head) -> arm -> seed -> scores."""
+    found: dict[tuple[str, str], Cells] = defaultdict(lambda: defaultdict(dict))
+    for path in sorted((results / kind).glob("*/*/*/seed*.json")):
+        schedule, head, arm = path.parts[-4:-1]
+        found[schedule, head][arm][int(path.stem[4:])] = json.loads(path.read_text("utf-8"))
+    return {place: dict(cells) for place, cells in found.items()}
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its 95 % interval; infinite for a single value."""
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return mean, float("inf")
+    error = statistics.stdev(differences) / count**0.5
+    return mean, float(t.ppf(0.975, count - 1)) * error
+
+
+def paired(cells: Cells, arm: str, base: str, score: str) -> list[float]:
+    """Return the differences of a score between two arms, seed by seed."""
+    both = sorted(set(cells.get(arm, {})) & set(cells.get(base, {})))
+    return [cells[arm][seed][score] - cells[base][seed][score] for seed in both]
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def gain(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    mean, half = interval(differences)
+    return f"{mean:+.2f}" + (
+        "" if half == float("inf") else f" [{mean - half:+.2f}, {mean + half:+.2f}]"
+    )
+
+
+def table(cells: Cells, base: str = "ce") -> str:
+    """One row an arm; cross-entropy first, the others by their gain in mIoU."""
+    head = ["arm", "seeds", *SCORES.values(), "gain in mIoU [95 %]", "gain in pixel accuracy"]
+    order = sorted(
+        cells,
+        key=lambda arm: (arm != base, -statistics.mean(paired(cells, arm, base, "mIoU") or [-99])),
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for arm in order:
+        runs = cells[arm].values()
+        row = [arm, str(len(runs)), *(spread([run[name] for run in runs]) for name in SCORES)]
+        if arm != base:
+            row += [gain(paired(cells, arm, base, name)) for name in ("mIoU", "aAcc")]
+        lines.append("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |")
+    return "\n".join(lines)
+
+
+def class_gains(cells: Cells, classes: list[str], arm: str = "mvsc", base: str = "ce") -> str:
+    """Tell the classes whose IoU changed most, over the seeds that both arms have."""
+    both = sorted(set(cells.get(arm, {})) & set(cells.get(base, {})))
+    changes = []
+    for number, name in enumerate(classes):
+        pairs = [(cells[arm][s]["iou"][number], cells[base][s]["iou"][number]) for s in both]
+        values = [ours - plain for ours, plain in pairs if None not in (ours, plain)]
+        if values:
+            changes.append((statistics.mean(values), name))
+    changes.sort()
+    told = [f"{name} {change:+.1f}" for change, name in changes]
+    return f"{', '.join(told[:5])}, ..., {', '.join(told[-5:])}"
+
+
+def group_similarity(cells: Cells, arm: str = "mvsc") -> str:
+    """Tell the mean cosine between groups along the training of the first seed."""
+    log = next(iter(cells[arm].values()))["log"]
+    if "group_similarity" not in log:
+        return ""
+    steps, values = log["step"], log["group_similarity"]
+    shown = [
+        0,
+        *(next(i for i, s in enumerate(steps) if s >= steps[-1] * f) for f in (0.25, 0.5, 1)),
+    ]
+    return ", ".join(f"{values[i]:.4f} at step {steps[i]}" for i in shown)
+
+
+def report(results: Path, classes: list[str] | None) -> str:
+    """Write everything that the kept scores tell."""
+    parts = []
+    for (schedule, head), cells in load(results).items():
+        any_run = next(iter(next(iter(cells.values())).values()))
+        where = any_run["machine"]
+        parts += [
+            f"### {head}, {schedule} schedule: {any_run['steps']} steps",
+            f"Batch {any_run['batch_size']}, images {any_run['size'][0]} x {any_run['size'][1]}, "
+            f"{where['device']}, torch {where['torch']}; mean ± standard deviation over seeds, in "
+            "percent.",
+            table(cells),
+        ]
+        if classes and {"ce", "mvsc"} <= set(cells):
+            parts.append(f"IoU of classes with MVSC, change: {class_gains(cells, classes)}.")
+        if "mvsc" in cells:
+            parts.append(f"Mean cosine between the groups: {group_similarity(cells)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    names = RESULTS / "classes.txt"
+    found = report(RESULTS, names.read_text("utf-8").split("\n") if names.exists() else None)
+    sys.stdout.write(found)
+    (RESULTS / "report.md").write_text(found, "utf-8")

@@ -1,0 +1,232 @@
+"""Does it work, and how much? Train every arm over seeds on real images, and keep the scores.
+
+    python benchmarks/effect/study.py --data-root DIR
+    python benchmarks/effect/study.py --data-root DIR --arms ce mvsc --seeds 0 1 2 --part 0 2
+    python benchmarks/effect/report.py
+
+A cell is one training run: (schedule, head, arm, seed). Its scores are kept as a JSON file in
+results/; a cell that is there is not run again, one that was killed goes on where it stopped. With
+``--part I N`` this process takes every N-th cell, so that several can share the work.
+
+Both runs of a pair have the same initial weights, order of the images and augmentation, since
+all of them depend on the seed alone (examples/loading.py).
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
+    sys.path.insert(0, str(folder))
+
+import arms  # noqa: E402
+
+from data import IGNORE, SegmentationData, open_split  # noqa: E402
+from evaluate import load_segmenter, logits_at, scores  # noqa: E402
+from measure import machine  # noqa: E402
+from recipes import RECIPES, Recipe  # noqa: E402
+from train import read_metrics, train  # noqa: E402
+from weights import write_whole  # noqa: E402
+
+HEADS = {"segformer": "folder-segformer-lite0", "deeplabv3plus": "folder-deeplabv3plus-lite0"}
+SCHEDULES = {"short": 1188, "long": 4752}  # 12 and 48 epochs of 795 images, batch 8
+BAND = 5  # pixels from a border between two labels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train arms over seeds on a folder of images, and keep the scores."""
+
+    data_root: Path
+    """Folder with images/, labels/ and classes.txt."""
+    schedules: tuple[str, ...] = ("short",)
+    """short, long."""
+    heads: tuple[str, ...] = tuple(HEADS)
+    """segformer, deeplabv3plus."""
+    arms: tuple[str, ...] = tuple(arms.ARMS)
+    """See arms.py; NAME@STRENGTH changes an arm's strength."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each a pair of runs for every arm."""
+    size: tuple[int, int] = (160, 120)
+    """Longer and shorter side of the images in training and evaluation."""
+    batch_size: int = 8
+    """Images in a step."""
+    steps: int | None = None
+    """Instead of the schedule's."""
+    results: Path = HERE / "results"
+    """Folder of the scores."""
+    work: Path = Path("runs/effect")
+    """Folder of checkpoints; those of a finished cell are removed."""
+    hold_out: bool = False
+    """Judge on a fifth of the training images, which are not trained on: to choose strengths."""
+    part: tuple[int, int] = (0, 1)
+    """This process takes cells I, I + N, ..."""
+    workers: int = 0
+    """Processes that load images."""
+    cell: str | None = None
+    """Run this one cell, SCHEDULE/HEAD/ARM/SEED, in this process."""
+
+
+def main(settings: Settings) -> None:
+    check(settings)
+    cells = [
+        f"{schedule}/{head}/{arm}/{seed}"
+        for schedule in settings.schedules
+        for seed in settings.seeds
+        for head in settings.heads
+        for arm in settings.arms
+    ]
+    first, count = settings.part
+    for cell in cells[first::count]:
+        if result_path(settings, cell).exists():
+            continue
+        print(f"== {cell}", flush=True)
+        # A process for each cell: its peak memory is its own, and nothing is left over.
+        command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell]
+        if subprocess.run(command).returncode:
+            sys.exit(f"{cell} failed; the same command goes on from here.")
+
+
+def check(settings: Settings) -> None:
+    for name, known in (("schedules", SCHEDULES), ("heads", HEADS)):
+        if wrong := set(getattr(settings, name)) - set(known):
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {sorted(wrong)}.")
+    for arm in settings.arms:
+        arms.find(arm)
+
+
+def result_path(settings: Settings, cell: str) -> Path:
+    root = settings.results / ("hold_out" if settings.hold_out else "val")
+    schedule, head, arm, seed = cell.split("/")
+    return root / schedule / head / arm / f"seed{seed}.json"
+
+
+def run(settings: Settings, cell: str) -> None:
+    """Train, judge and keep one cell."""
+    schedule, head, name, seed = cell.split("/")
+    kind = "hold_out" if settings.hold_out else "val"
+    steps = settings.steps or SCHEDULES[schedule]
+    root = held_out(settings) if settings.hold_out else settings.data_root
+    longer, shorter = settings.size
+    recipe = replace(
+        RECIPES[HEADS[head]][1],
+        data_root=root,
+        out=settings.work / kind / cell.replace("/", "-"),
+        resume=True,
+        seed=int(seed),
+        steps=steps,
+        warmup=steps // 20,
+        batch_size=settings.batch_size,
+        scale=settings.size,
+        crop=(longer, -(-shorter // 32) * 32),
+        workers=settings.workers,
+        eval_every=steps,
+        save_every=200,
+        log_every=min(50, steps),
+    )
+    data = open_split("folder", root, "train")
+    arm = arms.find(name)
+    recipe, criterion, attach = arms.ingredients(arm, recipe, data)
+    before = sorted(recipe.folder.glob("last.pt"))
+    train(recipe, criterion, attach)
+    lines = [line for line in read_metrics(recipe.folder / "metrics.jsonl") if "loss" in line]
+    result = {
+        "cell": cell,
+        "steps": steps,
+        "batch_size": settings.batch_size,
+        "size": settings.size,
+        **judge(recipe, open_split("folder", root, "val")),
+        "log": {k: [line[k] for line in lines if k in line] for k in lines[-1]},
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "resumed": bool(before),
+        "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "versions": {p: metadata.version(p) for p in ("mvsc", "torchvision", "timm")},
+        "system": platform.platform(terse=True),
+    }
+    path = result_path(settings, cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rounded(result))
+    write_whole(path, lambda partial: partial.write_text(text + "\n", "utf-8"))
+    shutil.rmtree(recipe.folder)
+
+
+@torch.no_grad()
+def judge(recipe: Recipe, data: SegmentationData) -> dict[str, Any]:
+    """Score the last weights on all pixels, and on those within BAND pixels of a border."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    segmenter, recipe, _ = load_segmenter(recipe.folder / "last.safetensors", device)
+    whole, band = (
+        MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE).to(device)
+        for _ in range(2)
+    )
+    for index in tqdm(range(len(data)), "judging", leave=False, mininterval=5):
+        image, label = data[index]
+        label = label.as_subclass(Tensor).to(device)
+        size = (label.shape[0], label.shape[1])
+        predicted = logits_at(segmenter, image.to(device), size, recipe.scale).argmax(dim=0)
+        whole.update(predicted[None], label[None].long())
+        near = torch.where(near_border(label), label, IGNORE)
+        band.update(predicted[None], near[None].long())
+    result = scores(whole.compute().cpu())
+    return {**result, "boundary_mIoU": scores(band.compute().cpu())["mIoU"]}
+
+
+def near_border(label: Tensor) -> Tensor:
+    """Mark the pixels within BAND pixels of one with another label, unlabelled ones left out."""
+    value = label[None, None].float()
+    known = label != IGNORE
+    side = 2 * BAND + 1
+    highest = F.max_pool2d(torch.where(known, value, -1.0), side, 1, BAND)
+    lowest = -F.max_pool2d(torch.where(known, -value, -256.0), side, 1, BAND)
+    return ((highest != lowest)[0, 0]) & known
+
+
+def held_out(settings: Settings) -> Path:
+    """Make a view of the training images, by links, in which every fifth is for validation."""
+    root = settings.work / "hold_out_data"
+    if (root / "classes.txt").exists():
+        return root
+    data = open_split("folder", settings.data_root, "train")
+    for number, pair in enumerate(data.pairs):
+        for kind, path in zip(("images", "labels"), pair, strict=True):
+            link = root / kind / ("val" if number % 5 == 4 else "train") / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(path.resolve())
+    # Last, so that its presence says that the rest is there.
+    (root / "classes.txt").write_text("\n".join(data.classes) + "\n", "utf-8")
+    return root
+
+
+def rounded(value: Any) -> Any:
+    """Keep five digits of every float, so that the files stay small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    chosen = tyro.cli(Settings)
+    try:
+        run(chosen, chosen.cell) if chosen.cell else main(chosen)
+    except ValueError as error:
+        sys.exit(f"{error}")

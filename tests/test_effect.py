@@ -1,0 +1,155 @@
+"""The study of the effect: its arms train, its cells are kept, its tables are right."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_data
+
+pytest.importorskip("pytorch_metric_learning")
+ROOT = Path(__file__).parents[1]
+STUDY = ROOT / "benchmarks" / "effect"
+for each in (ROOT / "examples", ROOT / "benchmarks", STUDY):
+    sys.path.insert(0, str(each))
+
+arms = importlib.import_module("arms")
+report = importlib.import_module("report")
+study = importlib.import_module("study")
+from data import open_split  # noqa: E402
+from models import build  # noqa: E402
+from recipes import Recipe  # noqa: E402
+from train import losses  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_data.make_folder(tmp_path_factory.mktemp("data") / "folder", train=5)
+
+
+@pytest.fixture(scope="module")
+def batch(folder):
+    image, label = open_split("folder", folder, "train")[0]
+    images, labels = (each[..., :32, :32] for each in (image, label))
+    return torch.stack([images, images.flip(2)]) / 255, torch.stack([labels, labels.flip(1)]).long()
+
+
+@pytest.mark.parametrize("name", arms.ARMS)
+def test_every_arm_has_a_finite_loss_that_reaches_the_encoder(name, folder, batch):
+    data = open_split("folder", folder, "train")
+    model = "smp/Segformer/tu-test_resnet"
+    recipe = Recipe(data_root=folder, model=model, decoder_dim=16, pretrained=False)
+    recipe, criterion, attach = arms.ingredients(arms.find(name), recipe, data)
+    torch.manual_seed(0)
+    segmenter = build(recipe, len(data.classes))
+    before = torch.get_rng_state()
+    reg = attach(segmenter.model, recipe)
+    assert torch.equal(torch.get_rng_state(), before)
+    found = losses(segmenter.model, reg, criterion, *batch)
+    plain = torch.nn.functional.cross_entropy(segmenter.model(batch[0]), batch[1], ignore_index=255)
+    found["loss"].backward()
+    assert found["loss"].isfinite()
+    assert all(p.grad.isfinite().all() for p in segmenter.model.parameters())
+    assert (name == "ce") == torch.isclose(found["loss"], plain, rtol=1e-6).item()
+
+
+def test_a_strength_follows_the_name():
+    assert arms.find("dice@0.25").strength == 0.25
+    assert arms.find("dice").strength == 0.5
+    with pytest.raises(ValueError, match="arms must be among ce, mvsc"):
+        arms.find("nothing")
+
+
+def test_balanced_weights_are_the_inverse_root_of_the_frequency(folder):
+    data = open_split("folder", folder, "train")
+    labels = torch.cat([data[i][1].flatten() for i in range(len(data))]).long()
+    pixels = torch.bincount(labels[labels != 255], minlength=3).double()
+    weight = pixels.rsqrt() * pixels.sum() / pixels.sqrt().sum()
+    criterion = arms.balanced(0.5, data)
+    logits = torch.zeros(1, 3, 1, 1)
+    for label in range(3):
+        loss = criterion(logits, torch.full((1, 1, 1), label)).double()
+        torch.testing.assert_close(loss, weight[label] * torch.log(torch.tensor(3.0).double()))
+
+
+def test_class_means_are_classified_as_by_hand():
+    features = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 2.0]])[None, :, None]  # means (2,0), (0,2)
+    classifier = torch.nn.Conv2d(2, 2, 1, bias=False)
+    torch.nn.init.eye_(classifier.weight.data[:, :, 0, 0])
+    rival = arms.ClassMeans(2, 2, 1.0)
+    loss = rival.terms(features, torch.tensor([[[0, 0, 1]]]), classifier).rival
+    torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
+
+
+def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
+    label = torch.zeros(1, 40, dtype=torch.uint8)
+    label[:, 20:] = 7
+    label[:, 22] = 255
+    near = study.near_border(label)[0].nonzero().flatten().tolist()
+    assert near == [p for p in range(20 - study.BAND, 20 + study.BAND) if p != 22]
+    assert not study.near_border(torch.full((9, 9), 255, dtype=torch.uint8)).any()
+
+
+def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
+    settings = study.Settings(
+        data_root=folder,
+        results=tmp_path / "results",
+        work=tmp_path / "work",
+        seeds=(0,),
+        heads=("segformer",),
+        arms=("mvsc",),
+        steps=1,
+        size=(32, 32),
+    )
+    study.run(settings, "short/segformer/mvsc/0")
+    path = tmp_path / "results" / "val" / "short" / "segformer" / "mvsc" / "seed0.json"
+    kept = json.loads(path.read_text())
+    assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(kept)
+    assert not any((tmp_path / "work" / "val").iterdir())
+    monkeypatch.setattr(subprocess, "run", lambda command: pytest.fail("ran again"))
+    study.main(settings)
+
+
+def test_a_cell_is_a_process_of_its_own(folder, tmp_path):
+    command = [
+        *(sys.executable, str(STUDY / "study.py"), "--data-root", str(folder)),
+        *("--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")),
+        *("--seeds", "0", "--heads", "segformer", "--arms", "ce", "--steps", "1"),
+        *("--size", "32", "32", "--hold-out"),
+    ]
+    subprocess.run(command, check=True)
+    path = tmp_path / "results" / "hold_out" / "short" / "segformer" / "ce" / "seed0.json"
+    assert json.loads(path.read_text())["steps"] == 1
+    links = (tmp_path / "work" / "hold_out_data" / "images").glob("*/*")
+    assert sorted(link.parent.name for link in links) == ["train"] * 4 + ["val"]
+
+
+def test_intervals_are_students():
+    mean, half = report.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == pytest.approx((2.0, 4.3027 / 3**0.5), rel=1e-4)
+    assert report.interval([1.0]) == (1.0, float("inf"))
+
+
+def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
+    def keep(arm, seed, miou):
+        path = tmp_path / "val" / "short" / "segformer" / arm / f"seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = {"step": [1, 2], "group_similarity": [0.1, 0.9]} if arm == "mvsc" else {"step": [1]}
+        rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
+        about = {"steps": 2, "batch_size": 8, "size": [160, 120]}
+        machine = {"device": "a machine", "torch": "2"}
+        path.write_text(json.dumps({"mIoU": miou, "machine": machine, **rest, **about}))
+
+    for seed, (plain, ours) in enumerate([(10.0, 11.0), (20.0, 23.0)]):
+        keep("ce", seed, plain)
+        keep("mvsc", seed, ours)
+    keep("ce", 2, 99.0)
+    text = report.report(tmp_path, ["wall", "floor"])
+    assert "| mvsc | 2 | 17.00 ± 8.49 |" in text
+    assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
+    assert "wall +2.0" in text
+    assert "0.1000 at step 1" in text
