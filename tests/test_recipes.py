@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 import tyro
 from torch.testing import assert_close
 
+import kill_and_resume
 import tiny_data
 
 pytest.importorskip("segmentation_models_pytorch")
@@ -423,3 +425,44 @@ def test_crops_hold_what_the_label_says(folder, tmp_path):
             assert right.float().mean() > 0.9
     finally:
         loading.PHOTOMETRIC = loading_photometric
+
+
+def test_a_killed_run_resumes_exactly(tmp_path):
+    # Twenty kills are a script of their own; two here, one of them while a file is written.
+    kill_and_resume.kill_and_resume(tmp_path, 2, random.Random(1))
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import train as training
+from recipes import Recipe
+
+recipe, kept = Recipe.from_json(sys.argv[2]), []
+
+def attach(model, recipe):
+    kept.extend([model, training.attach(model, recipe)])
+    return kept[1]
+
+training.train(recipe, attach=attach)
+rank = torch.distributed.get_rank()
+states = [part.state_dict() for part in kept]
+torch.save(states, Path(sys.argv[3]) / f"rank{rank}.pt")
+"""
+
+
+def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    recipe = tiny(folder, tmp_path / "run", accumulate=2, crop=(64, 64))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [*launch, script, EXAMPLES, recipe.to_json(), tmp_path]
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close(first[0], state_of(tmp_path / "run")["model"], rtol=0, atol=0)
+    steps = [line["step"] for line in training.read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [2, 4, 4, 6, 6]
