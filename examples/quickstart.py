@@ -29,9 +29,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
@@ -42,7 +40,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import mvsc
-from mvsc.sampling import labels_on_grid
+from mvsc import plotting
 
 IGNORE = 255
 DIM = 128  # width of the features that enter the pixel classifier
@@ -168,7 +166,7 @@ def train(settings: Settings, data: Data, device: torch.device, seed: int, arm: 
         run.scores["peak MiB on GPU"] = torch.cuda.max_memory_allocated(device) / 2**20
     run.scores["KiB of centroids"] = 0.0 if reg is None else reg.centroids.nbytes / 2**10
     if reg is not None:
-        run.scores["cosine of groups"] = group_cosine(reg.centroids.detach())
+        run.scores["cosine of groups"] = mvsc.diagnostics.group_similarity(reg.centroids).item()
     return run
 
 
@@ -221,51 +219,30 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, device: torch.device
     model.eval()
     classes = len(data.classes)
     confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE).to(device)
-    sums, pixels, predictions = torch.zeros(classes, DIM), torch.zeros(classes, 1), []
+    sums, pixels, predictions = torch.zeros(classes, DIM), torch.zeros(classes), []
     for images, labels in zip(*(part.split(batch_size) for part in data.val), strict=True):
         labels = labels.to(device).long()
         features = model.decoder(model.encoder(normalize(images.to(device))))
         predicted = model.segmentation_head(features).argmax(dim=1)
         confusion.update(predicted, labels)
         predictions.append(predicted.byte().cpu())
-        grid = labels_on_grid(labels, features.shape[2:], classes, IGNORE)
-        means, counts = mvsc.segment_mean(F.normalize(features, dim=1), grid, classes)
+        means, counts = mvsc.diagnostics.unit_means(features, labels, classes, ignore_index=IGNORE)
         sums += (means * counts[:, None]).cpu()
-        pixels += counts[:, None].cpu()
+        pixels += counts.cpu()
 
     matrix = confusion.compute().cpu().double()
     hits, labelled, claimed = matrix.diag(), matrix.sum(dim=1), matrix.sum(dim=0)
     iou = hits / (labelled + claimed - hits)  # NaN: neither labelled nor predicted
-    present = pixels[:, 0] > 0
-    own, others = class_cosines(sums[present] / pixels[present])
+    means = sums / pixels.clamp_min(1)[:, None]
     scores = {
         "mIoU [%]": 100 * iou.nanmean().item(),
         "mAcc [%]": 100 * (hits / labelled).nanmean().item(),
         "pixel accuracy [%]": 100 * (hits.sum() / labelled.sum()).item(),
-        "cosine to own class": own,
-        "cosine to others": others,
+        "compactness": mvsc.diagnostics.compactness(means, pixels).item(),
+        "separation": mvsc.diagnostics.separation(means, pixels).item(),
     }
     known = [value if value == value else None for value in iou.tolist()]  # JSON has no NaN
     return Run(scores, known, torch.cat(predictions))
-
-
-def class_cosines(means: Tensor) -> tuple[float, float]:
-    """Mean cosine of the pixels to the mean direction of their class, and of the other classes.
-
-    Row c of ``means`` is the mean of class c's unit features, so its product with a direction
-    is the mean cosine of these pixels to it.
-    """
-    cosines = means @ F.normalize(means, dim=1).T
-    count = len(means)
-    between = (cosines.sum() - cosines.trace()) / max(count * (count - 1), 1)
-    return (cosines.trace() / count).item(), between.item()
-
-
-def group_cosine(centroids: Tensor) -> float:
-    """Mean cosine between the centroids of one class in different groups; 1: all the same."""
-    groups = len(centroids)
-    length_of_sum = F.normalize(centroids, dim=-1).sum(dim=0).square().sum(dim=-1).mean().item()
-    return (length_of_sum - groups) / (groups * (groups - 1)) if groups > 1 else 1.0
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -499,32 +476,10 @@ def spread(values: list[float], sign: str = "", digits: int = 2) -> str:
 
 def draw_predictions(data: Data, runs: dict[str, list[Run]]) -> Figure:
     """Draw image, label and the first seed's predictions for a few validation images."""
-    rows = np.unique(np.linspace(0, len(data.val.images) - 1, 4).astype(int))
-    maps = {"label": data.val.labels, **{arm: runs[arm][0].predictions for arm in ARMS}}
-    maps = {title: values[rows].numpy() for title, values in maps.items()}
-    # Okabe and Ito's colours, which colour-blind readers tell apart, then shades of them.
-    names = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
-    base = np.array([to_rgb(name) for name in names])
-    mixes = ((1, 0), (0.5, 0), (0.5, 0.5), (0.75, 0), (0.25, 0.75), (0.5, 0.25))
-    shades = [strength * base + white for strength, white in mixes]
-    colours = np.resize(np.concatenate(shades), (IGNORE + 1, 3))
-    colours[IGNORE] = 0
-
-    height, width = data.val.labels.shape[1:]
-    figure = Figure((11, 2.3 * len(rows) * height / width + 0.4), layout="constrained")
-    axes = figure.subplots(len(rows), 1 + len(maps), squeeze=False)
-    for i, row in enumerate(axes):
-        row[0].imshow(data.val.images[rows[i]].permute(1, 2, 0).numpy())
-        for axis, values in zip(row[1:], maps.values(), strict=True):
-            axis.imshow(colours[values[i]], interpolation="nearest")
-    for axis, title in zip(axes[0], ("image", *maps), strict=True):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    shown = np.unique(np.stack(list(maps.values())))
-    patches = [Patch(color=colours[c], label=data.classes[c]) for c in shown if c != IGNORE]
-    figure.legend(handles=patches, loc="outside right upper", fontsize="small", frameon=False)
-    return figure
+    rows = torch.linspace(0, len(data.val.images) - 1, 4).int().unique()
+    images, labels = (part[rows] for part in data.val)
+    predicted = {arm: runs[arm][0].predictions[rows] for arm in ARMS}
+    return plotting.predictions(images, labels, predicted, names=data.classes)
 
 
 def save(settings: Settings, device: torch.device, data: Data, runs: dict[str, list[Run]]) -> None:

