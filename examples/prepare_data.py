@@ -29,10 +29,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
-from data import IGNORE, Report, check, list_split, open_split
+from data import IGNORE, Report, SegmentationData, check, list_split, open_split
 from tqdm import tqdm
 
 SPLITS = ("train", "val")
+PUBLISHED = {  # numbers of images
+    "cocostuff10k": {"train": 9000, "val": 1000},
+    "cocostuff164k": {"train": 118287, "val": 5000},
+    "ade20k": {"train": 20210, "val": 2000},
+}
 GIB = 2**30
 BLOCK = 2**20
 FAILURES = 5  # connections in a row that bring nothing, before a download gives up
@@ -160,7 +165,7 @@ def prepare(settings: Settings) -> None:
             raise
         print(f"{path} is no longer needed")
     for split in SPLITS:
-        print(f"{split}: {len(open_split(layout, root, split))} images with their labels")
+        print(f"{split}: {how_many(open_split(layout, root, split), layout, split)}")
 
 
 def name_of(archive: Archive) -> str:
@@ -350,13 +355,18 @@ def report(layout: str, root: Path) -> int:
         classes = data.classes
         found.append(check(data))
         problems += found[-1].problems
-        print(f"{split}: {len(data)} images")
+        print(f"{split}: {how_many(data, layout, split)}")
     if classes:
         print(frequencies(classes, found))
     for problem in problems:
         print(problem)
     print(f"{len(problems)} problems")
     return len(problems)
+
+
+def how_many(data: SegmentationData, layout: str, split: str) -> str:
+    published = PUBLISHED.get(layout, {}).get(split, len(data))
+    return f"{len(data)} images" + f", of {published} published" * (len(data) != published)
 
 
 def frequencies(classes: tuple[str, ...], reports: list[Report]) -> str:

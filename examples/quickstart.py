@@ -391,7 +391,7 @@ def stored_indices(image: Image.Image, path: Path) -> np.ndarray:
     if image.format == "JPEG" or image.info.get("stored") in ("L;2", "L;4"):
         raise ValueError(
             f"{path} must hold class indices as they are, got {image.format} with pixels stored "
-            f"as {image.info['stored']}. Save the labels as PNG with 8 bits a pixel."
+            f"as {image.info.get('stored')}. Save the labels as PNG with 8 bits a pixel."
         )
     return np.array(image)
 

@@ -236,12 +236,16 @@ def test_a_truncated_file_is_named(tmp_path, layout, kind):
             found[1]
 
 
-def test_a_png_whose_chunks_are_broken_is_named(folder):
+@pytest.mark.parametrize(("chunk", "length"), [(b"IHDR", 5), (b"IDAT", 20)])
+def test_a_png_whose_chunks_are_broken_is_named(folder, chunk, length):
+    # Pillow raises ValueError for the first and SyntaxError for the second.
     path = label_of(folder)
-    whole = bytearray(path.read_bytes())
-    whole[37:41] = b"\0\0\0\0"  # the name of the chunk after the header
-    path.write_bytes(whole)
-    with pytest.raises(ValueError, match=rf"{path} cannot be read"):
+    noise = np.random.default_rng(0).integers(0, 3, (40, 56), np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    start = whole.index(chunk)
+    path.write_bytes(whole[: start - 4] + struct.pack(">I", length) + whole[start:])
+    with pytest.raises(ValueError, match=rf"{path} cannot be read: "):
         data.open_split("folder", folder, "train")[0]
 
 
@@ -316,6 +320,11 @@ def test_an_empty_folder_is_named_with_the_command_that_fills_it(tmp_path):
             data.open_split(layout, tmp_path, "train")
     with pytest.raises(ValueError, match=rf"{tmp_path / 'classes.txt'} is missing"):
         data.open_split("folder", tmp_path, "train")
+
+
+def test_hidden_files_are_not_images(folder):
+    (folder / "images" / "train" / "._000000000001.jpg").touch()  # as macOS leaves them
+    assert len(data.open_split("folder", folder, "train")) == 4
 
 
 def test_layout_and_split_are_checked(folder):

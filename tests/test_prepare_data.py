@@ -229,7 +229,8 @@ def test_a_published_archive_becomes_a_data_set(server, monkeypatch, tmp_path, l
     printed = capsys.readouterr().out
     for content in server.files.values():
         assert f"not verified; --sha256 {hashlib.sha256(content).hexdigest()}" in printed
-    assert "train: 4 images" in printed
+    count = prepare_data.PUBLISHED[layout]["train"]
+    assert f"train: 4 images, of {count} published\n" in printed
 
     server.asked.clear()
     prepare_data.main(settings(layout, root))
@@ -417,6 +418,7 @@ def test_a_check_prints_problems_and_frequencies_and_exits_with_1(tmp_path, monk
         prepare_data.command_line()
     assert done.value.code == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["train: 4 images", "val: 2 images"]
     assert lines[-1] == "0 problems"
     pixels, images = data.check(data.open_split("folder", root, "train"))[1:]
     line = next(line for line in lines if "ignored" in line)
