@@ -3,7 +3,7 @@
     from data import open_split
     image, label = open_split("cocostuff10k", Path("data/cocostuff10k"), "train")[0]
 
-``prepare_data.py`` downloads the data sets and checks them. Layouts, below ``root``:
+``prepare_data.py`` downloads the data sets and checks them. What stands below ``root``:
 
 - ``cocostuff10k``: ``images/*.jpg``, ``annotations/*.mat`` and ``imageLists/{train,test}.txt`` as
   in the archive of version 1.1, or MMSegmentation's
@@ -16,146 +16,274 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.io import loadmat
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from tqdm import tqdm
 
 from quickstart import IGNORE, open_image, read_classes, stored_indices
 
 LAYOUTS = ("cocostuff10k", "cocostuff164k", "ade20k", "folder")
-NAMES = Path(__file__).parent / "classes"
-UNKNOWN = -1
-
-# COCO-Stuff numbers 182 classes from 1; these eleven were never annotated.
-COCO_HOLES = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
-COCO_IDS = [id_ for id_ in range(1, 183) if id_ not in COCO_HOLES]
+NO_CLASS = -1
 
 
-class Files(NamedTuple):
-    """Where the images and labels of one split are, and what the labels' ids stand for."""
+def lookup_table(ids: Sequence[int], ignored: int = IGNORE) -> np.ndarray:
+    """The class of each number 0 .. 255: its rank among ``ids``; 255 is ignored, -1 no class."""
+    table = np.full(256, NO_CLASS, np.int16)
+    table[list(ids)] = np.arange(len(ids))
+    table[[ignored, IGNORE]] = IGNORE
+    return table
 
-    pairs: list[tuple[Path, Path]]
-    classes: list[str]
+
+class Coding(NamedTuple):
+    """What the numbers in label files stand for, and what to say of other numbers."""
+
     lookup: np.ndarray
+    numbers: str
+    remedy: str = "Ask for the layout that the files have, or get the data set again."
 
 
-class SegmentationData(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
-    """Images, uint8 (3, H, W) in RGB, and labels, uint8 (H, W): 0 .. C - 1, or 255 for ignored.
+class Variant(NamedTuple):
+    """One way to store a data set: the folders (or lists of names) of its splits, and the rest.
 
-    Attributes:
-        classes: The names of the classes, index 0 first.
-        pairs: Image and label of each item.
-        lookup: The label of each of the 256 ids that the files may hold; -1: no such class.
+    A label is called like its image, with ``suffix`` in place of the image's.
     """
 
-    def __init__(self, files: Files) -> None:
-        self.pairs = files.pairs
-        self.classes = tuple(files.classes)
-        self.lookup = files.lookup
+    train: str
+    val: str
+    suffix: str
+    classes: Path
+    coding: Coding
+    labels: str = "annotations"
+
+
+# COCO-Stuff numbers its classes from 1 to 182; eleven of them were never annotated.
+UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+STUFF_IDS = [number for number in range(1, 183) if number not in UNUSED]
+STUFF = Path(__file__).parent / "classes" / "cocostuff171.txt"
+ADE = Path(__file__).parent / "classes" / "ade20k150.txt"
+MMSEG = "_labelTrainIds.png"
+
+STUFF_10K = Coding(
+    lookup_table(STUFF_IDS, ignored=0),
+    "0, or 1 .. 182 without the eleven numbers that COCO-Stuff 10k v1.1 leaves unused",
+    "Version 1.0 uses these numbers, for other classes. Get version 1.1: run "
+    '"python examples/prepare_data.py cocostuff10k".',
+)
+STUFF_10K_MMSEG = Coding(lookup_table(range(1, 172), ignored=0), "0 .. 171")
+STUFF_164K = Coding(
+    lookup_table([number - 1 for number in STUFF_IDS]),
+    "255, or 0 .. 181 without the eleven numbers that COCO-Stuff leaves unused",
+)
+STUFF_164K_MMSEG = Coding(lookup_table(range(171)), "0 .. 170, or 255")
+ADE20K = Coding(lookup_table(range(1, 151), ignored=0), "0 .. 150")
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationData(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
+    """Images, uint8 (3, H, W), RGB, and labels, uint8 (H, W): 0 .. C - 1, or 255 for ignored."""
+
+    classes: tuple[str, ...]
+    """Names of the classes, index 0 first."""
+    pairs: list[tuple[Path, Path]]
+    """Image and label of each item."""
+    coding: Coding
+    """What the numbers in the label files stand for."""
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         image_path, label_path = self.pairs[index]
-        image, label = read_image(image_path), read_label(label_path, self.lookup)
-        if image.shape[1:] != label.shape:
-            raise ValueError(
-                f"{label_path} must have the size of {image_path}, {tuple(image.shape[1:])}, got "
-                f"{tuple(label.shape)} (height, width). Make both from the same original."
-            )
+        image, label = read_image(image_path), read_label(label_path, self.coding)
+        check_sizes(image, image_path, label, label_path)
         return image, label
+
+    def missing_files(self) -> list[Path]:
+        """Files that are not there; asks once for each folder and not for each file."""
+        paths = [path for pair in self.pairs for path in pair]
+        there = {folder: set(names_in(folder)) for folder in {path.parent for path in paths}}
+        return [path for path in paths if path.name not in there[path.parent]]
+
+
+class Report(NamedTuple):
+    """What ``check`` found: problems, and for each label 0 .. 255 its pixels and images."""
+
+    problems: list[str]
+    pixels: np.ndarray
+    images: np.ndarray
 
 
 def open_split(layout: str, root: Path, split: Literal["train", "val"]) -> SegmentationData:
-    """List a split of a data set; its files are read when they are asked for."""
+    """List a split; its files must all be there, and each is read when it is asked for.
+
+    Args:
+        layout: One of ``LAYOUTS``.
+        root: Folder of the data set.
+        split: "train", or "val" for what the data set calls test or validation.
+
+    Raises:
+        ValueError: A folder or file is missing; the text names it and what to do.
+    """
+    data = list_split(layout, root, split)
+    if missing := data.missing_files():
+        raise ValueError(
+            f"{missing[0]} is missing (missing in all: {len(missing)}). Add it or remove the "
+            f'other file of its pair; "python examples/prepare_data.py {layout} --data-root '
+            f'{root} --check" lists every problem.'
+        )
+    return data
+
+
+def list_split(layout: str, root: Path, split: str) -> SegmentationData:
+    """List a split as ``open_split`` does, but accept missing files."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    if split not in ("train", "val"):
+    if split not in {"train", "val"}:
         raise ValueError(f'split must be "train" or "val", got {split!r}.')
-    find = {
-        "cocostuff10k": find_cocostuff10k,
-        "cocostuff164k": find_cocostuff164k,
-        "ade20k": find_ade20k,
-        "folder": find_folder,
-    }[layout]
-    return SegmentationData(find(Path(root), split))
+    root = Path(root)
+    variant = find_variant(layout, root, split)
+    part = variant.train if split == "train" else variant.val
+    images, labels = root / "images", root / variant.labels
+    if part.endswith(".txt"):
+        source = root / "imageLists" / part
+        listed = source.read_text("utf-8").split() if source.is_file() else []
+        names = [f"{name}.jpg" for name in listed]
+    else:
+        source = images = images / part
+        labels = labels / part
+        names = [n for n in names_in(images) if n.lower().endswith((".jpg", ".jpeg", ".png"))]
+    if not names:
+        raise ValueError(f"{source} must list or hold images, found none. {remedy(layout, root)}")
+    pairs = [(images / name, labels / f"{Path(name).stem}{variant.suffix}") for name in names]
+    return SegmentationData(tuple(read_classes(variant.classes)), pairs, variant.coding)
 
 
-def find_cocostuff10k(root: Path, split: str) -> Files:
-    classes = read_classes(NAMES / "cocostuff171.txt")
-    names = root / "imageLists" / ("train.txt" if split == "train" else "test.txt")
-    if names.is_file():
-        pairs = [
-            (root / "images" / f"{name}.jpg", root / "annotations" / f"{name}.mat")
-            for name in names.read_text("utf-8").split()
-        ]
-        return Files(pairs, classes, lookup_table(COCO_IDS, ignored=0))
-    part = "train2014" if split == "train" else "test2014"
-    pairs = pair(root / "images" / part, root / "annotations" / part, "_labelTrainIds.png")
-    return Files(pairs, classes, lookup_table(range(1, 172), ignored=0))
+def find_variant(layout: str, root: Path, split: str) -> Variant:
+    """Find out by what is there whether the files are as published, or as MMSegmentation's."""
+    if layout == "ade20k":
+        return Variant("training", "validation", ".png", ADE, ADE20K)
+    if layout == "cocostuff10k":
+        if (root / "imageLists").is_dir():
+            return Variant("train.txt", "test.txt", ".mat", STUFF, STUFF_10K)
+        return Variant("train2014", "test2014", MMSEG, STUFF, STUFF_10K_MMSEG)
+    if layout == "cocostuff164k":
+        # MMSegmentation writes its maps beside the published ones.
+        if any(name.endswith(MMSEG) for name in names_in(root / "annotations" / f"{split}2017")):
+            return Variant("train2017", "val2017", MMSEG, STUFF, STUFF_164K_MMSEG)
+        return Variant("train2017", "val2017", ".png", STUFF, STUFF_164K)
+    path = root / "classes.txt"
+    count = len(read_classes(path))
+    coding = Coding(
+        lookup_table(range(count)),
+        f"0 .. {count - 1}, or {IGNORE} for unlabelled pixels",
+        "Renumber the labels (do they start at 1?) or complete classes.txt.",
+    )
+    return Variant("train", "val", ".png", path, coding, labels="labels")
 
 
-def find_cocostuff164k(root: Path, split: str) -> Files:
-    classes = read_classes(NAMES / "cocostuff171.txt")
-    images, labels = root / "images" / f"{split}2017", root / "annotations" / f"{split}2017"
-    if any(name.endswith("_labelTrainIds.png") for name in listdir(labels)):
-        pairs = pair(images, labels, "_labelTrainIds.png")
-        return Files(pairs, classes, lookup_table(range(171)))
-    return Files(pair(images, labels, ".png"), classes, lookup_table([i - 1 for i in COCO_IDS]))
+def remedy(layout: str, root: Path) -> str:
+    if layout == "folder":
+        return "It needs images/train, images/val, labels/train, labels/val and classes.txt."
+    return (
+        f'Run "python examples/prepare_data.py {layout} --data-root {root}", or give the folder '
+        "that images/ and annotations/ are in."
+    )
 
 
-def find_ade20k(root: Path, split: str) -> Files:
-    classes = read_classes(NAMES / "ade20k150.txt")
-    part = "training" if split == "train" else "validation"
-    pairs = pair(root / "images" / part, root / "annotations" / part, ".png")
-    return Files(pairs, classes, lookup_table(range(1, 151), ignored=0))
-
-
-def find_folder(root: Path, split: str) -> Files:
-    classes = read_classes(root / "classes.txt")
-    pairs = pair(root / "images" / split, root / "labels" / split, ".png")
-    return Files(pairs, classes, lookup_table(range(len(classes))))
-
-
-def lookup_table(ids: Sequence[int], ignored: int = IGNORE) -> np.ndarray:
-    """Table of 256 ids: an id's rank among ``ids``, 255 for ``ignored`` and 255, else -1."""
-    table = np.full(256, UNKNOWN, np.int16)
-    table[list(ids)] = np.arange(len(ids))
-    table[[ignored, IGNORE]] = IGNORE
-    return table
-
-
-def listdir(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def pair(images: Path, labels: Path, suffix: str) -> list[tuple[Path, Path]]:
-    found = [n for n in listdir(images) if n.lower().endswith((".jpg", ".jpeg", ".png"))]
-    if not found:
-        raise ValueError(f"{images} must hold images (jpg or png), found none.")
-    return [(images / name, labels / f"{Path(name).stem}{suffix}") for name in found]
+def names_in(folder: Path) -> list[str]:
+    """Names in a folder in order, without hidden ones such as macOS leaves; [] for no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def read_image(path: Path) -> tv_tensors.Image:
+    # The labels were drawn on the pixels as they are stored: an EXIF orientation stays unused.
     with open_image(path) as image:
         pixels = np.array(image.convert("RGB"))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
-def read_label(path: Path, lookup: np.ndarray) -> tv_tensors.Mask:
+def read_label(path: Path, coding: Coding) -> tv_tensors.Mask:
     if path.suffix == ".mat":
-        indices = loadmat(path, variable_names=["S"])["S"]
+        numbers = read_mat(path)
     else:
         with open_image(path) as image:
-            indices = stored_indices(image, path)
-    labels = np.where((indices >= 0) & (indices < 256), lookup[indices & 255], UNKNOWN)
-    if (labels == UNKNOWN).any():
-        wrong = np.unique(indices[labels == UNKNOWN])
-        raise ValueError(f"{path} must hold class indices of its data set, got {wrong[:10]}.")
+            numbers = stored_indices(image, path)
+    labels = coding.lookup[numbers.astype(np.uint8)]
+    known = labels != NO_CLASS
+    if numbers.dtype != np.uint8:
+        known &= (numbers >= 0) & (numbers <= 255)  # 511 has become 255 in eight bits
+    wrong = np.unique(numbers[~known])
+    if len(wrong):
+        raise ValueError(
+            f"{path} must hold the numbers {coding.numbers}, got {wrong[:10].tolist()}. "
+            f"{coding.remedy}"
+        )
     return tv_tensors.Mask(torch.from_numpy(labels.astype(np.uint8)))
+
+
+def read_mat(path: Path) -> np.ndarray:
+    try:
+        numbers = loadmat(path, variable_names=["S"])["S"]
+    except Exception as error:  # broken bytes lead scipy to errors of any kind
+        raise ValueError(
+            f"{path} cannot be read for its label map S: {error!r}. Replace or remove it."
+        ) from error
+    whole = np.issubdtype(numbers.dtype, np.number) and (numbers == np.floor(numbers.real)).all()
+    if numbers.ndim != 2 or not whole:
+        raise ValueError(
+            f"{path} must hold a map S of whole numbers (height, width), got {numbers.dtype} of "
+            f"shape {numbers.shape}. Replace or remove it."
+        )
+    return numbers if numbers.dtype == np.uint8 else numbers.real.astype(np.int64)
+
+
+def check_sizes(image: Tensor, image_path: Path, label: Tensor, label_path: Path) -> None:
+    if image.shape[1:] != label.shape:
+        raise ValueError(
+            f"{label_path} must have the height and width of {image_path}, "
+            f"{tuple(image.shape[1:])}, got {tuple(label.shape)}. Make both from one original."
+        )
+
+
+def check(data: SegmentationData) -> Report:
+    """Read all files of a split and collect what is wrong with any, not only with the first."""
+    problems = [f"{path} has no image. Add it or remove the label." for path in stray_labels(data)]
+    pixels, images = np.zeros((2, 256), np.int64)
+
+    def attempt(step, *args):
+        try:
+            return step(*args)
+        except ValueError as error:
+            problems.append(str(error))
+
+    for image_path, label_path in tqdm(data.pairs, "checking", mininterval=1):
+        image = attempt(read_image, image_path)
+        label = attempt(read_label, label_path, data.coding)
+        if image is not None and label is not None:
+            attempt(check_sizes, image, image_path, label, label_path)
+        if label is not None:
+            counts = np.bincount(label.numpy().ravel(), minlength=256)
+            pixels += counts
+            images += counts > 0
+    return Report(problems, pixels, images)
+
+
+def stray_labels(data: SegmentationData) -> list[Path]:
+    """Labels of this split that belong to no image of it."""
+    image, label = data.pairs[0]
+    suffix = label.name.removeprefix(image.stem)
+    if suffix == ".mat":  # both splits of COCO-Stuff 10k share a folder
+        return []
+    used = {label.name for _, label in data.pairs}
+    found = [name for name in names_in(label.parent) if name.endswith(suffix)]
+    return [label.parent / name for name in found if name not in used]

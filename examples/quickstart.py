@@ -330,8 +330,15 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(path)
+            image.info["stored"] = image.tile[0][3] if image.tile else image.mode
             image.load()
-        except (OSError, Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            SyntaxError,  # so Pillow calls some broken PNG files, and others ValueError
+            ValueError,
+            Image.DecompressionBombWarning,
+            Image.DecompressionBombError,
+        ) as error:
             raise ValueError(f"{path} cannot be read: {error}. Replace or remove it.") from error
     with image:
         yield image
@@ -356,6 +363,12 @@ def stored_indices(image: Image.Image, path: Path) -> np.ndarray:
         raise ValueError(
             f"{path} must hold one class index for each pixel (mode P, L, I;16 or I), got mode "
             f"{image.mode}. Save the indices of the classes, not their colours."
+        )
+    # JPEG mixes the indices of neighbours; Pillow scales greys of 2 or 4 bits to 0 .. 255.
+    if image.format == "JPEG" or image.info.get("stored") in ("L;2", "L;4"):
+        raise ValueError(
+            f"{path} must hold class indices as they are, got {image.format} with pixels stored "
+            f"as {image.info.get('stored')}. Save the labels as PNG with 8 bits a pixel."
         )
     return np.array(image)
 

@@ -1,0 +1,375 @@
+import importlib
+import itertools
+import pickle
+import re
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_data
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+from scipy.io import savemat
+from torch.testing import assert_close
+from torchvision import tv_tensors
+
+# The examples are scripts that import each other as siblings.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+data = importlib.import_module("data")
+
+MAKERS = {
+    "cocostuff10k": ("cocostuff10k", tiny_data.make_cocostuff10k),
+    "cocostuff10k of mmseg": ("cocostuff10k", tiny_data.make_cocostuff10k_mmseg),
+    "cocostuff164k": ("cocostuff164k", tiny_data.make_cocostuff164k),
+    "cocostuff164k of mmseg": (
+        "cocostuff164k",
+        lambda root: tiny_data.make_cocostuff164k(root, mmseg=True),
+    ),
+    "ade20k": ("ade20k", tiny_data.make_ade20k),
+    "folder": ("folder", tiny_data.make_folder),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def made(request, tmp_path):
+    layout, make = MAKERS[request.param]
+    return layout, make(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_data.make_folder(tmp_path)
+
+
+def label_of(root, split="train", index=0, layout="folder"):
+    return data.list_split(layout, root, split).pairs[index][1]
+
+
+def test_every_layout_gives_images_and_class_indices(made):
+    layout, root = made
+    classes = {"folder": 3, "ade20k": 150}.get(layout, 171)
+    for split, count in (("train", 4), ("val", 2)):
+        found = data.open_split(layout, root, split)
+        assert len(found) == len(found.pairs) == count
+        assert len(found.classes) == classes
+        seen = set()
+        for image, label in (found[index] for index in range(count)):
+            assert type(image) is tv_tensors.Image
+            assert type(label) is tv_tensors.Mask
+            assert image.dtype == label.dtype == torch.uint8
+            assert image.shape == (3, *label.shape)
+            seen |= set(label.unique().tolist())
+        assert seen <= {*range(classes), 255}
+        assert len(seen) > 2
+
+
+def test_the_splits_share_no_file(made):
+    train, val = (data.open_split(*made, split).pairs for split in ("train", "val"))
+    assert not set(itertools.chain(*train)) & set(itertools.chain(*val))
+
+
+@pytest.mark.parametrize("name", ["cocostuff10k", "cocostuff164k"])
+def test_published_and_converted_labels_are_the_same_classes(tmp_path, name):
+    labels = []
+    for which in (name, f"{name} of mmseg"):
+        layout, make = MAKERS[which]
+        found = data.open_split(layout, make(tmp_path / which), "train")
+        assert found.pairs[0][1].name.endswith("_labelTrainIds.png") == (which != name)
+        labels.append([found[index][1] for index in range(len(found))])
+    assert_close(*labels, rtol=0, atol=0)
+
+
+# Numbers and names as the data sets' own lists have them (labels.txt, objectInfo150.txt).
+NUMBERS = {
+    "cocostuff10k": {0: None, 1: "person", 13: "stop sign", 92: "banner", 182: "wood"},
+    "cocostuff10k of mmseg": {0: None, 1: "person", 12: "stop sign", 171: "wood"},
+    "cocostuff164k": {255: None, 0: "person", 12: "stop sign", 91: "banner", 181: "wood"},
+    "cocostuff164k of mmseg": {255: None, 0: "person", 11: "stop sign", 170: "wood"},
+    "ade20k": {0: None, 1: "wall", 13: "person", 131: "screen", 150: "flag"},
+    "folder": {255: None, 0: "class 0", 2: "class 2"},
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_numbers_in_the_files_become_the_classes_of_these_names(tmp_path, name):
+    layout, make = MAKERS[name]
+    found = data.open_split(layout, make(tmp_path), "val")
+    path = found.pairs[0][1]
+    numbers = np.resize(list(NUMBERS[name]), (40, 56)).astype(np.uint8)
+    if path.suffix == ".mat":
+        savemat(path, {"S": numbers})
+    else:
+        Image.fromarray(numbers).save(path)
+    names = dict(enumerate(found.classes))
+    read = [names.get(index) for index in found[0][1].flatten().tolist()]
+    assert read[: len(NUMBERS[name])] == list(NUMBERS[name].values())
+
+
+def test_the_names_of_classes_are_complete_and_in_order(tmp_path):
+    stuff = data.open_split("cocostuff10k", tiny_data.make_cocostuff10k(tmp_path), "val").classes
+    assert len(set(stuff)) == 171
+    assert list(stuff[80:]) == sorted(stuff[80:])  # 80 things in COCO's order, 91 stuff classes
+    assert stuff[79:81] == ("toothbrush", "banner")
+    never_annotated = {"street sign", "hat", "shoe", "eye glasses", "plate", "hair brush"}
+    assert not never_annotated & set(stuff)
+    assert len(set(data.read_classes(data.ADE))) == 150
+
+
+def test_lists_give_the_order_of_cocostuff10k(tmp_path):
+    root = tiny_data.make_cocostuff10k(tmp_path)
+    names = root / "imageLists" / "train.txt"
+    listed = names.read_text().split()[::-1]
+    names.write_text("\n".join(listed) + "\n\n")
+    pairs = data.open_split("cocostuff10k", root, "train").pairs
+    assert [image.stem for image, _ in pairs] == [label.stem for _, label in pairs] == listed
+
+
+@given(
+    numbers=arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9))),
+    mode=st.sampled_from(["P", "L", "I;16", "I"]),
+    classes=st.integers(1, 255),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_mode_of_label_is_read_as_its_numbers_or_refused(
+    tmp_path_factory, numbers, mode, classes
+):
+    path = tmp_path_factory.mktemp("labels") / "label.png"
+    dtype = {"I;16": np.uint16, "I": np.int32}.get(mode, np.uint8)
+    numbers = numbers.astype(dtype)
+    image = Image.fromarray(numbers)
+    if mode == "P":
+        image.putpalette(bytes(range(255, -1, -1)) * 3)
+    assert image.mode == mode
+    image.save(path, "TIFF" if mode == "I" else "PNG")  # Pillow writes no PNG of this mode
+    coding = data.Coding(data.lookup_table(range(classes)), "")
+    wrong = sorted({n for n in numbers.flatten().tolist() if classes <= n != 255})
+    if wrong:
+        with pytest.raises(ValueError, match=re.escape(f"{path} must hold")) as error:
+            data.read_label(path, coding)
+        assert f"got {wrong[:10]}" in str(error.value)
+    else:
+        read = data.read_label(path, coding)
+        assert_close(read.numpy(), numbers.astype(np.uint8), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1"])
+def test_a_label_of_colours_is_refused_by_name(folder, mode):
+    path = label_of(folder)
+    with Image.open(path) as image:
+        image.convert(mode).save(path)
+    with pytest.raises(ValueError, match=rf"{path} must hold one class index .* mode {mode}\."):
+        data.open_split("folder", folder, "train")[0]
+
+
+def test_a_label_that_jpeg_has_mixed_is_refused(folder):
+    path = label_of(folder)
+    with Image.open(path) as image:
+        image.save(path, "JPEG")  # named .png
+    with pytest.raises(ValueError, match=rf"{path} must hold .* as they are, got JPEG"):
+        data.open_split("folder", folder, "train")[0]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_label_of_few_bits_that_pillow_scales_is_refused(folder, bits):
+    path = label_of(folder)
+    path.write_bytes(grey_png(np.ones((40, 56), np.uint8), bits))
+    with Image.open(path) as image:
+        assert np.unique(image).tolist() == [255 // (2**bits - 1)]  # of indices that are 1
+    with pytest.raises(ValueError, match=rf"{path} must hold .* stored as L;{bits}\. Save"):
+        data.open_split("folder", folder, "train")[0]
+
+
+def grey_png(indices, bits):
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    height, width = indices.shape
+    planes = (indices[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = np.packbits(planes.reshape(height, -1), axis=1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_an_image_of_any_mode_becomes_rgb(folder, mode):
+    path = data.open_split("folder", folder, "train").pairs[0][0]
+    with Image.open(path) as image:
+        wide = Image.fromarray(np.array(image.convert("L")).astype(np.uint16))
+        other = wide if mode == "I;16" else image.convert(mode)
+    assert other.mode == mode
+    path.unlink()
+    other.save(path.with_suffix(".jpeg" if mode == "CMYK" else ".png"))
+    image, _ = data.open_split("folder", folder, "train")[0]
+    assert image.shape == (3, 40, 56)
+    assert image.float().std() > 0
+
+
+def test_an_exif_orientation_is_not_applied(folder):
+    path = data.open_split("folder", folder, "train").pairs[0][0]
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # a viewer turns the image by 90 degrees
+        image.save(path, exif=exif)
+    image, label = data.open_split("folder", folder, "train")[0]
+    assert image.shape[1:] == label.shape == (40, 56)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["image", "label"])
+@pytest.mark.parametrize("layout", ["folder", "cocostuff10k"])
+def test_a_truncated_file_is_named(tmp_path, layout, kind):
+    MAKERS[layout][1](tmp_path)
+    found = data.open_split(layout, tmp_path, "train")
+    path = found.pairs[1][kind]
+    whole = path.read_bytes()
+    for kept in (0, 7, 30, len(whole) // 4):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=rf"{path} cannot be read"):
+            found[1]
+
+
+@pytest.mark.parametrize(("chunk", "length"), [(b"IHDR", 5), (b"IDAT", 20)])
+def test_a_png_whose_chunks_are_broken_is_named(folder, chunk, length):
+    # Pillow raises ValueError for the first and SyntaxError for the second.
+    path = label_of(folder)
+    noise = np.random.default_rng(0).integers(0, 3, (40, 56), np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    start = whole.index(chunk)
+    path.write_bytes(whole[: start - 4] + struct.pack(">I", length) + whole[start:])
+    with pytest.raises(ValueError, match=rf"{path} cannot be read: "):
+        data.open_split("folder", folder, "train")[0]
+
+
+def test_a_decompression_bomb_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 56 - 1)  # above it Pillow only warns
+    with pytest.raises(ValueError, match="cannot be read: .*decompression bomb"):
+        data.open_split("folder", folder, "train")[0]
+
+
+@pytest.mark.parametrize("numbers", [[[1.5, 2]], [["a", "b"]], [[np.nan, 1]], [[[1, 2]]]])
+def test_a_label_map_that_is_no_map_is_named(tmp_path, numbers):
+    root = tiny_data.make_cocostuff10k(tmp_path)
+    found = data.open_split("cocostuff10k", root, "train")
+    path = found.pairs[0][1]
+    savemat(path, {"S": np.array(numbers)})
+    with pytest.raises(ValueError, match=rf"{path} must hold a map S of whole numbers"):
+        found[0]
+    savemat(path, {"T": np.array(numbers)})
+    with pytest.raises(ValueError, match=rf"{path} cannot be read for its label map S"):
+        found[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int8, np.uint16])
+def test_a_label_map_of_any_type_of_number_is_read(tmp_path, dtype):
+    root = tiny_data.make_cocostuff10k(tmp_path)
+    found = data.open_split("cocostuff10k", root, "train")
+    savemat(found.pairs[0][1], {"S": np.full((40, 56), 13, dtype)})
+    assert found.classes[found[0][1].unique().item()] == "stop sign"
+    savemat(found.pairs[0][1], {"S": np.full((40, 56), -1, np.int16)})
+    with pytest.raises(ValueError, match=r"got \[-1\]"):
+        found[0]
+
+
+def test_labels_of_version_1_0_are_told_from_those_of_1_1(tmp_path):
+    root = tiny_data.make_cocostuff10k(tmp_path)
+    found = data.open_split("cocostuff10k", root, "train")
+    savemat(found.pairs[0][1], {"S": np.resize([1, 12, 26, 172], (40, 56)).astype(np.uint8)})
+    with pytest.raises(ValueError, match=r"unused, got \[12, 26\]\. Version 1\.0 .* Get"):
+        found[0]
+
+
+def test_a_label_of_another_size_is_refused(folder):
+    path = label_of(folder, index=1)
+    Image.fromarray(np.zeros((40, 50), np.uint8)).save(path)
+    with pytest.raises(ValueError, match=rf"{path} must have .*\(40, 64\), got \(40, 50\)\. Make"):
+        data.open_split("folder", folder, "train")[1]
+
+
+def test_a_missing_label_is_named_when_the_split_is_opened(made):
+    path = data.open_split(*made, "val").pairs[1][1]
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path} is missing .*: 1\)\. .*--check"):
+        data.open_split(*made, "val")
+
+
+def test_a_missing_image_is_named_when_the_split_is_opened(tmp_path):
+    root = tiny_data.make_cocostuff10k(tmp_path)
+    path = data.open_split("cocostuff10k", root, "val").pairs[0][0]
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{path} is missing"):
+        data.open_split("cocostuff10k", root, "val")
+
+
+def test_an_empty_folder_is_named_with_the_command_that_fills_it(tmp_path):
+    for layout, part in (
+        ("cocostuff10k", "images/train2014"),
+        ("cocostuff164k", "images/train2017"),
+        ("ade20k", "images/training"),
+    ):
+        expected = rf"{tmp_path / part} must .* found none\. Run .*prepare_data\.py {layout} "
+        with pytest.raises(ValueError, match=expected):
+            data.open_split(layout, tmp_path, "train")
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'classes.txt'} is missing"):
+        data.open_split("folder", tmp_path, "train")
+
+
+def test_hidden_files_are_not_images(folder):
+    (folder / "images" / "train" / "._000000000001.jpg").touch()  # as macOS leaves them
+    assert len(data.open_split("folder", folder, "train")) == 4
+
+
+def test_layout_and_split_are_checked(folder):
+    with pytest.raises(ValueError, match="layout must be one of cocostuff10k, .* got 'voc'"):
+        data.open_split("voc", folder, "train")
+    with pytest.raises(ValueError, match="split must be .* got 'test'"):
+        data.open_split("folder", folder, "test")
+
+
+def test_opening_a_split_reads_no_image(made, monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    monkeypatch.setattr(data, "loadmat", None)
+    assert len(data.open_split(*made, "train")) == 4
+
+
+def test_a_split_reaches_worker_processes(made):
+    found = data.open_split(*made, "val")
+    assert_close(pickle.loads(pickle.dumps(found))[0], found[0], rtol=0, atol=0)
+
+
+def test_a_check_of_whole_data_finds_nothing_and_counts_by_hand(made):
+    found = data.open_split(*made, "train")
+    report = data.check(found)
+    assert report.problems == []
+    labels = [found[index][1] for index in range(len(found))]
+    for value in (0, 1, 255):
+        assert report.pixels[value] == sum((label == value).sum().item() for label in labels)
+        assert report.images[value] == sum((label == value).any().item() for label in labels)
+    assert report.pixels.sum() == sum(label.numel() for label in labels)
+
+
+def test_a_check_finds_every_problem(folder):
+    (_, a), (b_image, b), (c_image, _), (_, d) = data.open_split("folder", folder, "train").pairs
+    a.unlink()
+    b_image.write_bytes(b_image.read_bytes()[:500])
+    Image.fromarray(np.full((40, 64), 7, np.uint8)).save(b)
+    c_image.unlink()
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(d)
+    problems = data.check(data.list_split("folder", folder, "train")).problems
+    assert len(problems) == 5
+    for path, text in (
+        (a, "No such file"),
+        (b_image, "cannot be read"),
+        (b, "got [7]"),
+        (label_of(folder).with_stem(c_image.stem), "has no image"),
+        (d, "must have the height and width"),
+    ):
+        assert any(str(path) in problem and text in problem for problem in problems)
