@@ -159,8 +159,12 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
         ValueError: if the file is missing, or is none that train.py wrote.
     """
     tensors, about = load_weights(path)
-    recipe, classes = Recipe.from_json(about["recipe"]), about["classes"]
+    if "recipe" not in about:
+        raise ValueError(f"{path} holds no recipe. Name weights that train.py wrote.")
+    recipe, classes = Recipe.from_dict(about["recipe"]), about["classes"]
     segmenter = build(replace(recipe, pretrained=False), len(classes))
+    if "mean" in about:
+        segmenter = segmenter._replace(mean=tuple(about["mean"]), std=tuple(about["std"]))
     segmenter.model.load_state_dict(tensors)
     segmenter.model.to(device).eval()
     return segmenter, recipe, classes

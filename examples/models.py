@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvsc.finding import find_classifier
 from quickstart import load_lite0_weights
 from recipes import Recipe
 
@@ -74,6 +75,18 @@ def logits_of(output: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor | None
         for value in (output, aux)
     )
     return logits, aux
+
+
+def features_of(segmenter: Segmenter, images: Tensor) -> Tensor:
+    """Run the model, and return the features that enter its classifier: ``(batch, dim, h, w)``."""
+    found: list[Tensor] = []
+    classifier = segmenter.model.get_submodule(find_classifier(segmenter.model, None, None))
+    handle = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    try:
+        segmenter.model(images)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def parameter_groups(segmenter: Segmenter, recipe: Recipe) -> list[dict[str, Any]]:

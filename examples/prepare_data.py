@@ -29,8 +29,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
-from data import IGNORE, Report, SegmentationData, check, list_split, open_split
 from tqdm import tqdm
+
+from data import IGNORE, Report, SegmentationData, check, list_split, open_split
 
 SPLITS = ("train", "val")
 PUBLISHED = {  # numbers of images

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class Settings:
     data: Path | None = None
     """Folder with images/, labels/ and classes.txt; without it, mosaics are generated."""
     out: Path = Path("outputs/quickstart")
-    """Folder for results.json and predictions.png."""
+    """Folder for results.json, predictions.png and the weights of the first seed."""
     encoder: str = "tu-resnet10t"
     """Encoder of segmentation_models_pytorch, with random weights; or "lite0-imagenet"."""
     size: tuple[int, int] = (96, 96)
@@ -91,11 +92,12 @@ class Data(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one training gave: numbers for the table, IoU of each class, validation predictions."""
+    """What one training gave: numbers for the table, IoU of each class, predictions, weights."""
 
     scores: dict[str, float]
     iou: list[float | None]
     predictions: Tensor
+    weights: tuple[tuple[str, dict[str, Tensor]], ...] = ()  # suffix of their file, tensors
 
 
 def main(settings: Settings) -> None:
@@ -165,9 +167,11 @@ def train(settings: Settings, data: Data, device: torch.device, seed: int, arm: 
     if device.type == "cuda":
         run.scores["peak MiB on GPU"] = torch.cuda.max_memory_allocated(device) / 2**20
     run.scores["KiB of centroids"] = 0.0 if reg is None else reg.centroids.nbytes / 2**10
+    weights = [("", model.state_dict())]
     if reg is not None:
         run.scores["cosine of groups"] = mvsc.diagnostics.group_similarity(reg.centroids).item()
-    return run
+        weights.append((".centroids", reg.state_dict()))
+    return run._replace(weights=tuple(weights))
 
 
 def build_model(encoder: str, num_classes: int) -> nn.Module:
@@ -496,7 +500,7 @@ def draw_predictions(data: Data, runs: dict[str, list[Run]]) -> Figure:
 
 
 def save(settings: Settings, device: torch.device, data: Data, runs: dict[str, list[Run]]) -> None:
-    """Write both files in a folder of their own, then move them: neither is ever half there."""
+    """Write the files in a folder of their own, then move them: none is ever half there."""
     packages = ("mvsc", "torch", "torchvision", "timm", "segmentation_models_pytorch")
     results = {
         "settings": asdict(settings),
@@ -511,12 +515,27 @@ def save(settings: Settings, device: torch.device, data: Data, runs: dict[str, l
             for seed, run in zip(settings.seeds, runs[arm], strict=True)
         ],
     }
+    # With these, visualize.py and predict.py rebuild the model from its weights alone.
+    recipe = {
+        "name": "quickstart",
+        "model": f"smp/Segformer/{settings.encoder.removesuffix('-imagenet')}",
+        "decoder_dim": DIM,
+        "scale": (max(settings.size), min(settings.size)),
+        "data_root": settings.data or "",
+    }
+    about = {"recipe": recipe, "classes": data.classes, "mean": [0.5] * 3, "std": [0.5] * 3}
+    about = {name: json.dumps(value, default=str) for name, value in about.items()}
     with tempfile.TemporaryDirectory(dir=settings.out) as folder:
-        unfinished = {name: Path(folder, name) for name in ("predictions.png", "results.json")}
-        draw_predictions(data, runs).savefig(unfinished["predictions.png"], dpi=120)
-        unfinished["results.json"].write_text(json.dumps(results, indent=2, default=str), "utf-8")
-        for name, path in unfinished.items():
-            print("wrote", path.replace(settings.out / name))
+        unfinished = Path(folder)
+        draw_predictions(data, runs).savefig(unfinished / "predictions.png", dpi=120)
+        text = json.dumps(results, indent=2, default=str)
+        (unfinished / "results.json").write_text(text, "utf-8")
+        for arm in ARMS:
+            for suffix, tensors in runs[arm][0].weights:
+                name = f"{arm.replace(' ', '-').lower()}{suffix}.safetensors"
+                (unfinished / name).write_bytes(safetensors.torch.save(tensors, about))
+        for path in sorted(unfinished.iterdir()):
+            print("wrote", path.replace(settings.out / path.name))
 
 
 def command_line() -> None:

@@ -108,18 +108,18 @@ class Recipe:
         arm = "mvsc" if self.mvsc else "baseline"
         return self.out or Path("runs") / f"{self.name}-{arm}-seed{self.seed}"
 
-    def to_json(self) -> str:
-        """Write every setting as JSON, for checkpoints."""
-        return json.dumps(asdict(self), default=str)
+    def to_dict(self) -> dict[str, Any]:
+        """Return every setting in the types of JSON, for checkpoints."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return values
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
-        """Read what ``to_json`` wrote."""
-        values: dict[str, Any] = json.loads(text)
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Read what ``to_dict`` wrote; what is missing has its default."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         values["data_root"] = Path(values["data_root"])
-        values["out"] = values["out"] and Path(values["out"])
-        return cls(**{**values, "reg": Regularizer(**values["reg"])})
+        values["out"] = Path(values["out"]) if values.get("out") else None
+        return cls(**{**values, "reg": Regularizer(**values.get("reg", {}))})
 
 
 FREE = {"data_root", "out", "resume", "workers", "cpu", "log_every", "save_every", "eval_every"}

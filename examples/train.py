@@ -35,7 +35,6 @@ from data import IGNORE, open_split
 from evaluate import evaluate, print_scores
 from loading import key, training_batches
 from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
-from quickstart import group_cosine
 from recipes import FREE, RECIPES, Recipe, check_recipe
 from weights import load_state, save_state, save_weights, write_whole
 
@@ -273,8 +272,10 @@ class Run:
             name: self.accelerator.reduce(total / self.counted, "mean").item()
             for name, total in self.sums.items()
         }
-        if hasattr(self.reg, "regularizer") and hasattr(self.reg.regularizer, "centroids"):
-            line["group_similarity"] = group_cosine(self.reg.regularizer.centroids.detach())
+        regularizer = getattr(self.reg, "regularizer", None)
+        if isinstance(regularizer, mvsc.MVSCRegularizer):
+            similarity = mvsc.diagnostics.group_similarity(regularizer.centroids)
+            line["group_similarity"] = similarity.item()
         line["lr"] = self.parts["schedule"].get_last_lr()[0]
         line["seconds_per_step"] = (time.perf_counter() - self.since) / (step - self.logged)
         self.sums, self.counted, self.logged = {}, 0, step
@@ -299,7 +300,7 @@ class Run:
         self._save_weights("last", step)
         if self.main:
             own = {name: part.state_dict() for name, part in self.parts.items()}
-            about = {"recipe": self.recipe.to_json(), "best": self.best, "scores": self.scores}
+            about = {"recipe": self.recipe.to_dict(), "best": self.best, "scores": self.scores}
             save_state(self.state, {"step": step, **about, **own})
         self.since = time.perf_counter()
 
@@ -313,7 +314,7 @@ class Run:
 
     def _load(self) -> int:
         state = load_state(self.state)
-        before, now = (json.loads(text) for text in (state["recipe"], self.recipe.to_json()))
+        before, now = state["recipe"], self.recipe.to_dict()
         changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
         if changed:
             told = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
@@ -329,7 +330,7 @@ class Run:
     def _save_weights(self, name: str, step: int) -> None:
         if not self.main:
             return
-        about = {"recipe": self.recipe.to_json(), "classes": self.classes, "step": step}
+        about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "step": step}
         save_weights(self.folder / f"{name}.safetensors", self.model.state_dict(), **about)
         if self.reg is not None:
             path = self.folder / f"{name}.centroids.safetensors"

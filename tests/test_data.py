@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_data
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +17,8 @@ from PIL import Image
 from scipy.io import savemat
 from torch.testing import assert_close
 from torchvision import tv_tensors
+
+import tiny_data
 
 # The examples are scripts that import each other as siblings.
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_data
 from PIL import Image
 from torch.testing import assert_close
+
+import tiny_data
 
 # The examples are scripts that import each other as siblings.
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

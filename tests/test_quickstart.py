@@ -36,7 +36,13 @@ def files(folder):
 
 def test_a_run_reports_both_arms_and_draws_the_predictions(quickstart, tmp_path, capsys):
     quickstart.main(tiny(quickstart, tmp_path / "new" / "out", seeds=(0, 1)))
-    assert files(tmp_path) == ["predictions.png", "results.json"]
+    assert files(tmp_path) == [
+        "cross-entropy.safetensors",
+        "predictions.png",
+        "results.json",
+        "with-mvsc.centroids.safetensors",
+        "with-mvsc.safetensors",
+    ]
     results = json.loads(
         (tmp_path / "new/out/results.json").read_text(), parse_constant=pytest.fail
     )

@@ -9,9 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
+from PIL import Image
 from torch.testing import assert_close
 
 import kill_and_resume
@@ -21,10 +23,13 @@ pytest.importorskip("segmentation_models_pytorch")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import ablate  # noqa: E402
 import evaluate  # noqa: E402
 import loading  # noqa: E402
 import models  # noqa: E402
+import predict  # noqa: E402
 import train as training  # noqa: E402
+import visualize  # noqa: E402
 import weights  # noqa: E402
 from data import open_split  # noqa: E402
 from recipes import RECIPES, Recipe, Regularizer, check_recipe  # noqa: E402
@@ -299,7 +304,7 @@ def test_every_recipe_trains_on_a_data_set_in_its_layout(name, tmp_path):
     arguments = [name, "--data-root", str(root), "--out", str(tmp_path / "run"), *small.split()]
     recipe = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
     assert (recipe.name, recipe.layout) == (name, layout)
-    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
     # The architecture's own size is tried by hand; here its smallest sibling stands for it.
     recipe = replace(recipe, model=recipe.model.replace("b4", "b0"), decoder_dim=16)
     if recipe.model.startswith("deeplabv3"):
@@ -433,6 +438,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 
 
 TWO_PROCESSES = """
+import json
 import sys
 from pathlib import Path
 import torch
@@ -440,7 +446,7 @@ sys.path.insert(0, sys.argv[1])
 import train as training
 from recipes import Recipe
 
-recipe, kept = Recipe.from_json(sys.argv[2]), []
+recipe, kept = Recipe.from_dict(json.loads(sys.argv[2])), []
 
 def attach(model, recipe):
     kept.extend([model, training.attach(model, recipe)])
@@ -459,10 +465,107 @@ def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     recipe = tiny(folder, tmp_path / "run", accumulate=2, crop=(64, 64))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [*launch, script, EXAMPLES, recipe.to_json(), tmp_path]
+    command = [*launch, script, EXAMPLES, json.dumps(recipe.to_dict()), tmp_path]
     subprocess.run([str(part) for part in command], check=True, timeout=300)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_close(first, second, rtol=0, atol=0)
     assert_close(first[0], state_of(tmp_path / "run")["model"], rtol=0, atol=0)
     steps = [line["step"] for line in training.read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [2, 4, 4, 6, 6]
+
+
+def test_predictions_are_masks_of_the_images_size_and_overlays(folder, tmp_path, capsys):
+    train(tiny(folder, tmp_path / "run", steps=2))
+    settings = predict.Settings(
+        tmp_path / "run" / "best.safetensors",
+        (folder / "images" / "val", next((folder / "images" / "train").iterdir())),
+        out=tmp_path / "out",
+        device="cpu",
+    )
+    predict.main(settings)
+    for path in predict.find_images(settings.images):
+        with Image.open(path) as image, Image.open(tmp_path / "out" / f"{path.stem}_mask.png") as m:
+            assert (m.size, m.mode) == (image.size, "P")
+            assert set(np.unique(np.array(m))) <= {0, 1, 2}
+        with Image.open(tmp_path / "out" / f"{path.stem}_overlay.jpg") as overlay:
+            assert overlay.mode == "RGB"
+    assert "wrote 3 masks" in capsys.readouterr().out
+
+
+def test_what_cannot_be_predicted_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none.jpg is missing"):
+        predict.find_images((tmp_path / "none.jpg",))
+    with pytest.raises(ValueError, match="images must name at least one image"):
+        predict.find_images((tmp_path,))
+    for name in ("a.jpg", "a.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match="more than one a"):
+        predict.find_images((tmp_path,))
+
+
+@pytest.mark.parametrize("mvsc", [True, False])
+def test_a_report_shows_every_picture_and_needs_no_other_file(folder, tmp_path, mvsc):
+    train(tiny(folder, tmp_path / "run", steps=2, mvsc=mvsc))
+    weights_file = tmp_path / "run" / "last.safetensors"
+    visualize.main(visualize.Settings(weights_file, count=2, device="cpu"))
+    report = tmp_path / "run" / "report"
+    stems = sorted(path.stem for path in (folder / "images" / "val").iterdir())
+    kinds = ["heatmaps", "prediction"] if mvsc else ["prediction"]
+    expected = {f"{stem}_{kind}.png" for stem in stems[:2] for kind in kinds} | {"training.png"}
+    expected |= {"centroid_similarity.png"} if mvsc else set()
+    assert {path.name for path in report.glob("*.png")} == expected
+    text = (report / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == len(expected)
+    assert "http" not in text
+    photo = folder / "images" / "train"
+    visualize.main(visualize.Settings(weights_file, (photo,), out=tmp_path / "own", device="cpu"))
+    assert len(list((tmp_path / "own").glob("*_prediction.png"))) == 5
+
+
+def test_the_quickstarts_weights_are_shown_too(tmp_path):
+    import quickstart
+
+    settings = quickstart.Settings(
+        out=tmp_path, encoder="tu-test_resnet", images=4, size=(64, 32), epochs=1, batch_size=2
+    )
+    quickstart.main(replace(settings, device="cpu"))
+    visualize.main(visualize.Settings(tmp_path / "with-mvsc.safetensors", count=1, device="cpu"))
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"mosaic0_prediction.png", "mosaic0_heatmaps.png", "report.html"} <= names
+
+
+def test_an_ablation_keeps_its_cells_and_names_the_papers_numbers(folder, tmp_path, capsys):
+    recipe = tiny(folder, None, steps=1)
+    settings = ablate.Settings(recipe, table="groups", seeds=(0, 1), out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        stop_after(ablate, cells=3, settings=settings)
+    report = ablate.report(settings, ablate.TABLES["groups"])
+    assert "| MVSC | not run | not run | 0 | 32.6 / 44.0 |" in report
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("scores.json")}
+    assert len(kept) == 3
+    ablate.main(settings)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert len(list(tmp_path.rglob("scores.json"))) == 10
+    printed = capsys.readouterr().out
+    assert "paper (ADE20K, MiT-B0, one run)" in printed
+    assert "±" in printed
+    scores = json.loads((tmp_path / "g8" / "seed1" / "scores.json").read_text())
+    state = weights.load_state(tmp_path / "g8" / "seed1" / "last.pt")
+    assert scores["mIoU"] == state["scores"]["mIoU"]
+    assert state["reg"]["regularizer.centroids"].shape == (8, 3, 16)
+
+
+def stop_after(module, cells, settings):
+    """Run an ablation that is interrupted after some cells."""
+    done, original = [], module.train
+
+    def train(recipe):
+        if len(done) == cells:
+            raise KeyboardInterrupt
+        done.append(original(recipe))
+
+    module.train = train
+    try:
+        module.main(settings)
+    finally:
+        module.train = original
