@@ -40,7 +40,7 @@ PUBLISHED = {  # numbers of images
     "ade20k": {"train": 20210, "val": 2000},
 }
 GIB = 2**30
-BLOCK = 2**20
+BLOCK = 2**16  # bytes; what a killed download loses at most
 FAILURES = 5  # connections in a row that bring nothing, before a download gives up
 PAUSE = 2.0  # seconds before the second of them; doubled each time
 

@@ -234,6 +234,8 @@ def test_a_published_archive_becomes_a_data_set(server, monkeypatch, tmp_path, l
     assert f"train: 4 images, of {count} published\n" in printed
 
     server.asked.clear()
+    for path in root.glob("*.zip"):
+        path.unlink()  # no longer needed, as was printed
     prepare_data.main(settings(layout, root))
     assert server.asked == []
 
@@ -281,6 +283,12 @@ def tar_info(kind, name="images/odd", link=""):
     return info
 
 
+def spoil(archive):
+    """Overwrite the beginning of the first file's packed bytes with what no packer writes."""
+    start = 30 + len("images/a.jpg")
+    return archive[:start] + b"\xff" * 4 + archive[start + 4 :]
+
+
 GOOD = [("images/a.jpg", b"a"), ("annotations/a.png", b"a")]
 HOSTILE = {
     "zip upwards": lambda: zipped([*GOOD, ("../evil", b"")]),
@@ -303,6 +311,7 @@ HOSTILE = {
     "cut zip": lambda: zipped(GOOD)[:-30],
     "cut tar": lambda: tarred([("images/a.jpg", CONTENT)])[:-20_000],
     "broken zip": lambda: zipped([("images/a.jpg", CONTENT)]).replace(CONTENT[500:510], bytes(10)),
+    "spoilt zip": lambda: spoil(zipped([("images/a.jpg", b"abc" * 9999)])),
     "other content": lambda: zipped([("labels/a.jpg", b"")]),
 }
 

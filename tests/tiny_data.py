@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-SIZE = (40, 56)  # height and width of the first image; each further one is 8 pixels wider
+SIZE = (40, 56)  # height and width of the first image; the next three are wider
 COCO_HOLES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 COCO_IDS = [i for i in range(1, 183) if i not in COCO_HOLES]
 
@@ -75,7 +75,7 @@ def _pairs(split, count, ids, seed):
     rng = np.random.default_rng([seed, split == "val"])
     colours = np.random.default_rng(seed).integers(0, 256, (256, 3), dtype=np.uint8)
     for number in range(count):
-        height, width = SIZE[0], SIZE[1] + 8 * number
+        height, width = SIZE[0], SIZE[1] + 8 * (number % 4)
         tiles = rng.choice(np.array(ids, np.uint8), (height // 8, width // 8))
         label = tiles.repeat(8, axis=0).repeat(8, axis=1)
         noise = rng.integers(-20, 21, (height, width, 3))
