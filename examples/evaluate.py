@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import IGNORE, SegmentationData, open_split
-from loading import fit
+from loading import fit, outlive_interruptions
 from models import Segmenter, build, logits_of
 from quickstart import pick_device
 from recipes import Recipe
@@ -125,9 +125,10 @@ def evaluate(
         class, None for one that is neither labelled nor predicted. A class that is labelled in
         no image does not count in mAcc.
     """
-    # Sharing this process's images with its loaders costs more than it gives on small sets.
     mine = Subset(data, range(rank, len(data), processes))
-    loader = DataLoader(mine, batch_size=None, num_workers=recipe.workers)
+    loader = DataLoader(
+        mine, batch_size=None, num_workers=recipe.workers, worker_init_fn=outlive_interruptions
+    )
     confusion = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE).to(device)
     training = segmenter.model.training
     segmenter.model.eval()

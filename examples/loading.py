@@ -5,6 +5,7 @@ same batches, however many processes load them, and a resumed run goes on where 
 """
 
 import random
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -134,6 +135,12 @@ class Batches(Sampler[list[Draw]]):
             yield draws
 
 
+def outlive_interruptions(_: int) -> None:
+    """Let a loader's process ignore Ctrl-C and SIGTERM, which reach the whole process group."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def training_batches(
     data: SegmentationData,
     recipe: Recipe,
@@ -170,6 +177,7 @@ def training_batches(
         Augmented(data, recipe, mean),
         batch_sampler=order,
         num_workers=recipe.workers,
+        worker_init_fn=outlive_interruptions,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if recipe.workers else None,
     )

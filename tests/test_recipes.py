@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -332,6 +333,7 @@ def test_the_exported_weights_load_where_mvsc_is_not_installed(folder, tmp_path)
     train(tiny(folder, tmp_path, steps=2))
     code = """
 import sys
+import time
 sys.modules["mvsc"] = None  # importing it fails
 import segmentation_models_pytorch as smp
 from safetensors.torch import load_file
@@ -440,6 +442,7 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 TWO_PROCESSES = """
 import json
 import sys
+import time
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
@@ -569,3 +572,20 @@ def stop_after(module, cells, settings):
         module.main(settings)
     finally:
         module.train = original
+
+
+def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, tmp_path):
+    shape = "--steps 2000 --batch-size 2 --crop 32 32 --scale 64 48 --workers 2 --cpu"
+    saving = "--no-pretrained --log-every 1 --save-every 5000 --eval-every 5000 --resume"
+    command = [sys.executable, EXAMPLES / "train.py", "folder-segformer-lite0", *shape.split()]
+    command += [*saving.split(), "--data-root", folder, "--out", tmp_path]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    while len(training.read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"Stopped and saved in {tmp_path}; go on with --resume." in errors
+    steps = [line["step"] for line in training.read_metrics(tmp_path / "metrics.jsonl")]
+    assert state_of(tmp_path)["step"] == steps[-1] >= 3
