@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from loading import key, training_batches
 from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
 from recipes import FREE, RECIPES, Recipe, check_recipe
 from weights import load_state, save_state, save_weights, write_whole
+
+STATE = "last.pt"
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Maps logits ``(batch, num_classes, h, w)`` and labels ``(batch, h, w)`` to a scalar."""
@@ -84,7 +87,10 @@ def train(
 
     # The same initial weights with MVSC and without: its own come from a private stream.
     torch.manual_seed(recipe.seed)
-    segmenter = build(recipe, len(data.classes))
+    resumed = recipe.resume and (recipe.folder / STATE).exists()
+    segmenter = build(
+        replace(recipe, pretrained=recipe.pretrained and not resumed), len(data.classes)
+    )
     if recipe.sync_bn and processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
     reg = attach(segmenter.model, recipe)
@@ -218,7 +224,7 @@ class Run:
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
         self.folder = recipe.folder
-        self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / "last.pt"
+        self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / STATE
         self.main = accelerator.is_main_process
         self.best = -1.0
         self.scores: dict[str, Any] = {}

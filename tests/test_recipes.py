@@ -264,6 +264,22 @@ def test_without_a_network_the_way_out_is_told(monkeypatch):
         models.build(Recipe(data_root=Path(), model="segformer-b0"), 3)
 
 
+def test_a_run_is_resumed_without_a_network(folder, tmp_path, monkeypatch):
+    import transformers
+
+    stored = transformers.SegformerModel(
+        transformers.SegformerConfig(hidden_sizes=models.MIT["b0"][0])
+    )
+    monkeypatch.setattr(transformers.SegformerModel, "from_pretrained", lambda name: stored)
+    recipe = tiny(folder, tmp_path, model="segformer-b0", pretrained=True, steps=2, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, interrupting(1))
+    monkeypatch.setattr(
+        transformers.SegformerModel, "from_pretrained", lambda name: pytest.fail("asked the hub")
+    )
+    train(recipe)
+
+
 def test_pretrained_weights_of_segformer_land_in_the_encoder(monkeypatch):
     import transformers
 
