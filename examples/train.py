@@ -36,10 +36,12 @@ from data import IGNORE, open_split
 from evaluate import evaluate, print_scores
 from loading import key, training_batches
 from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
+from mvsc import diagnostics
 from recipes import FREE, RECIPES, Recipe, check_recipe
 from weights import load_state, save_state, save_weights, write_whole
 
 STATE = "last.pt"
+SHOWN = ("loss", "cross_entropy", "align", "pull", "classify", "group_similarity")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Maps logits ``(batch, num_classes, h, w)`` and labels ``(batch, h, w)`` to a scalar."""
@@ -113,6 +115,8 @@ def train(
                 raise
             # Dropout depends on the step alone, so that no random state has to be kept.
             torch.manual_seed(key("step", recipe.seed, step, rank))
+            last, logged = step + 1 == recipe.steps, (step + 1) % recipe.log_every == 0
+            run.looking = last or logged
             for images, labels in parts:
                 images = segmenter.normalize(images.to(device, non_blocking=True))
                 labels = labels.to(device, non_blocking=True).long()
@@ -122,15 +126,15 @@ def train(
                     accelerator.backward(terms["loss"])
                     optimizer.step()
                     optimizer.zero_grad()
-                run.count(terms)
+                run.count(terms, labels)
             schedule.step()
             step += 1
             bar.update()
 
-            last = step == recipe.steps
-            stop = stop_asked(interrupted, accelerator, step % recipe.log_every == 0)
-            if last or step % recipe.log_every == 0:
-                bar.set_postfix({k: f"{v:.3g}" for k, v in run.log(step).items()})
+            stop = stop_asked(interrupted, accelerator, logged)
+            if last or logged:
+                line = run.log(step)
+                bar.set_postfix({k: f"{line[k]:.3g}" for k in SHOWN if k in line})
             if validate := last or step % recipe.eval_every == 0:
                 share_buffers(segmenter.model, processes)
                 scores = evaluate(segmenter, val, recipe, device, rank, processes)
@@ -230,6 +234,13 @@ class Run:
         self.scores: dict[str, Any] = {}
         self.sums: dict[str, Tensor] = {}
         self.counted, self.logged, self.since = 0, 0, time.perf_counter()
+        self.regularizer = getattr(reg, "regularizer", None)
+        # At times the features of a forward are kept for diagnostics; always would cost memory.
+        self.looking = False
+        self.seen: dict[str, Tensor] = {}
+        if isinstance(self.regularizer, mvsc.MVSCRegularizer):
+            classifier = self.model.get_submodule(reg.classifier_path)
+            classifier.register_forward_pre_hook(self._look)
 
     def start(self) -> int:
         """Load the state that is there, if the run is to be resumed; return its step.
@@ -266,8 +277,14 @@ class Run:
             mininterval=1,
         )
 
-    def count(self, terms: dict[str, Tensor]) -> None:
+    def _look(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        if self.looking:
+            self.seen["features"] = inputs[0].detach()
+
+    def count(self, terms: dict[str, Tensor], labels: Tensor) -> None:
         """Add up what is logged, on the device: nothing waits for it."""
+        if self.looking:
+            self.seen["labels"] = labels
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.counted += 1
@@ -278,16 +295,27 @@ class Run:
             name: self.accelerator.reduce(total / self.counted, "mean").item()
             for name, total in self.sums.items()
         }
-        regularizer = getattr(self.reg, "regularizer", None)
-        if isinstance(regularizer, mvsc.MVSCRegularizer):
-            similarity = mvsc.diagnostics.group_similarity(regularizer.centroids)
-            line["group_similarity"] = similarity.item()
+        if "features" in self.seen:
+            line |= {name: value.item() for name, value in self._diagnose(**self.seen).items()}
+        self.looking, self.seen = False, {}
         line["lr"] = self.parts["schedule"].get_last_lr()[0]
         line["seconds_per_step"] = (time.perf_counter() - self.since) / (step - self.logged)
         self.sums, self.counted, self.logged = {}, 0, step
         self._write(step, line, line)
         self.since = time.perf_counter()
         return line
+
+    def _diagnose(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        centroids = self.regularizer.centroids
+        classes = len(self.classes)
+        means, present = diagnostics.cell_means(features, labels, classes, ignore_index=IGNORE)
+        positive, negative = diagnostics.alignment_cosines(means, centroids, present)
+        return {
+            "group_similarity": diagnostics.group_similarity(centroids),
+            "alignment_accuracy": diagnostics.alignment_accuracy(means, centroids, present),
+            "cosine_to_own": positive,
+            "cosine_to_others": negative,
+        }
 
     def validated(self, step: int, scores: dict[str, Any]) -> None:
         """Write the scores, and keep the weights if they are the best."""
