@@ -8,7 +8,7 @@ they are judged. There is no test-time augmentation. ``--window`` slides over th
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,11 @@ def evaluate(
     processes: int = 1,
     window: int | None = None,
     stride: int | None = None,
+    look: Callable[[Tensor, Tensor], None] = lambda predicted, label: None,
 ) -> dict[str, Any]:
     """Judge the segmenter on all images; processes share them and agree on the result.
+
+    ``look`` is shown each prediction and its label, int64 ``(height, width)``.
 
     Returns:
         ``mIoU``, ``mAcc``, ``aAcc`` in percent, and ``iou``, one number in percent for each
@@ -135,7 +138,9 @@ def evaluate(
     for image, label in tqdm(loader, "validating", leave=False, disable=rank > 0, mininterval=1):
         size = (label.shape[0], label.shape[1])
         logits = logits_at(segmenter, image.to(device), size, recipe.scale, window, stride)
-        confusion.update(logits.argmax(dim=0)[None], label.to(device)[None].long())
+        predicted, label = logits.argmax(dim=0), label.to(device).long()
+        confusion.update(predicted[None], label[None])
+        look(predicted, label)
     segmenter.model.train(training)
     return scores(confusion.compute().cpu())
 

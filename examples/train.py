@@ -49,6 +49,8 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 Attach = Callable[[nn.Module, Recipe], Any]
 """Makes what mvsc.attach makes: ``terms(labels)``, ``total(terms)``, ``param_group(lr=...)``."""
 
+Evaluate = Callable[..., dict[str, Any]]
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Average over the labelled pixels; 0, where the mean is NaN, if there are none."""
@@ -64,7 +66,10 @@ def attach(model: nn.Module, recipe: Recipe) -> mvsc.AttachedRegularizer | None:
 
 
 def train(
-    recipe: Recipe, criterion: Criterion = cross_entropy, attach: Attach = attach
+    recipe: Recipe,
+    criterion: Criterion = cross_entropy,
+    attach: Attach = attach,
+    evaluate: Evaluate = evaluate,
 ) -> dict[str, Any]:
     """Train to the end and return the last validation's scores.
 
@@ -72,6 +77,7 @@ def train(
         recipe: every setting.
         criterion: the pixels' own loss.
         attach: makes the regularizer, or None.
+        evaluate: judges the segmenter, see evaluate.evaluate.
 
     Raises:
         ValueError: if settings, data or the run's folder do not fit, or a file is broken.

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
-from tqdm import tqdm
 
 HERE = Path(__file__).parent
 for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
@@ -38,8 +37,9 @@ for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
 import arms  # noqa: E402
 
 from data import IGNORE, SegmentationData, open_split  # noqa: E402
-from evaluate import load_segmenter, logits_at, scores  # noqa: E402
+from evaluate import evaluate, scores  # noqa: E402
 from measure import machine  # noqa: E402
+from models import Segmenter  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
 from train import read_metrics, train  # noqa: E402
 from weights import write_whole  # noqa: E402
@@ -144,14 +144,14 @@ def run(settings: Settings, cell: str) -> None:
     arm = arms.find(name)
     recipe, criterion, attach = arms.ingredients(arm, recipe, data)
     before = sorted(recipe.folder.glob("last.pt"))
-    train(recipe, criterion, attach)
+    found = train(recipe, criterion, attach, judge)
     lines = [line for line in read_metrics(recipe.folder / "metrics.jsonl") if "loss" in line]
     result = {
         "cell": cell,
         "steps": steps,
         "batch_size": settings.batch_size,
         "size": settings.size,
-        **judge(recipe, open_split("folder", root, "val")),
+        **found,
         "log": {k: [line[k] for line in lines if k in line] for k in lines[-1]},
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "resumed": bool(before),
@@ -166,24 +166,22 @@ def run(settings: Settings, cell: str) -> None:
     shutil.rmtree(recipe.folder)
 
 
-@torch.no_grad()
-def judge(recipe: Recipe, data: SegmentationData) -> dict[str, Any]:
-    """Score the last weights on all pixels, and on those within BAND pixels of a border."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    segmenter, recipe, _ = load_segmenter(recipe.folder / "last.safetensors", device)
-    whole, band = (
-        MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE).to(device)
-        for _ in range(2)
-    )
-    for index in tqdm(range(len(data)), "judging", leave=False, mininterval=5):
-        image, label = data[index]
-        label = label.as_subclass(Tensor).to(device)
-        size = (label.shape[0], label.shape[1])
-        predicted = logits_at(segmenter, image.to(device), size, recipe.scale).argmax(dim=0)
-        whole.update(predicted[None], label[None].long())
+def judge(
+    segmenter: Segmenter,
+    data: SegmentationData,
+    recipe: Recipe,
+    device: torch.device,
+    rank: int = 0,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Score all pixels, and those within BAND pixels of a border; in place of evaluate.evaluate."""
+    band = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE).to(device)
+
+    def look(predicted: Tensor, label: Tensor) -> None:
         near = torch.where(near_border(label), label, IGNORE)
-        band.update(predicted[None], near[None].long())
-    result = scores(whole.compute().cpu())
+        band.update(predicted[None], near[None])
+
+    result = evaluate(segmenter, data, recipe, device, rank, processes, look=look)
     return {**result, "boundary_mIoU": scores(band.compute().cpu())["mIoU"]}
 
 
