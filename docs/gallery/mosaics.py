@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import mvsc
 from mvsc import diagnostics
@@ -54,7 +53,7 @@ def trained(regularized: bool, steps: int = 150, seed: int = 0) -> Trained:
     metrics = Path(tempfile.mkdtemp(), "metrics.jsonl")
     batches = (batch for _ in range(steps) for batch in loader)
     with metrics.open("w") as log:
-        for step, (images, labels) in zip(tqdm(range(1, steps + 1)), batches, strict=False):
+        for step, (images, labels) in zip(range(1, steps + 1), batches, strict=False):
             features = model.decoder(model.encoder(quickstart.normalize(images)))
             loss = F.cross_entropy(
                 model.segmentation_head(features), labels.long(), ignore_index=255
@@ -97,10 +96,10 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def miou(model: nn.Module) -> float:
-    """Return the mIoU on 60 mosaics, in percent."""
-    images, labels = quickstart.generate_mosaics(60, SIZE, seed=2)
+    """Return the mIoU on 30 mosaics, in percent."""
+    images, labels = quickstart.generate_mosaics(30, SIZE, seed=2)
     labels = labels.long()
-    predicted = torch.cat([predict(model, batch) for batch in images.split(30)])
+    predicted = predict(model, images)
     pairs = (labels * len(NAMES) + predicted)[labels != 255]
     matrix = torch.bincount(pairs, minlength=len(NAMES) ** 2).reshape(len(NAMES), -1)
     hits, union = matrix.diag(), matrix.sum(dim=0) + matrix.sum(dim=1) - matrix.diag()
