@@ -1,6 +1,17 @@
-"""Sphinx configuration: ``sphinx-build -n -W docs docs/_build``."""
+"""Sphinx configuration: ``sphinx-build -n -W docs docs/_build``.
+
+The build needs no network, and the pages none to be read: formulas and pictures are drawn by the
+build, from generated data, and there is no intersphinx. That would fetch an inventory from each
+project's site at every build, or keep copies that go stale; the types of other projects are plain
+text instead.
+"""
+
+import sys
+from pathlib import Path
 
 import mvsc
+
+sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "mvsc"
 author = "The mvsc developers"
@@ -13,19 +24,26 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "executed",
+    "formulas",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "gallery", "extensions"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+html_math_renderer = "drawn"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
-# Types of other projects: the build works without network, so nothing is linked outside.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|Tensor|Callable|collections|typing|logging|weakref).*")
+    (
+        "py:.*",
+        r"(torch|nn|Tensor|Callable|collections|typing|logging|weakref|os|matplotlib|numpy|Axes).*",
+    )
 ]
 
 html_theme = "furo"
 html_title = "mvsc"
+html_static_path = ["_static"]
+html_css_files = ["mvsc.css"]

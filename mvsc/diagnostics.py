@@ -332,8 +332,8 @@ def class_ages(ages: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tens
         ignore_index: label of pixels that do not count.
 
     Returns:
-        New ages, same shape: 0 for a class that the labels hold, else one more than before. (A
-        class of few pixels may be in the labels and yet miss a coarser feature grid.)
+        The new ages, same shape; 0 for a class that the labels hold, else one more than before.
+        (A class of few pixels may be in the labels and yet miss a coarser feature grid.)
 
     Raises:
         TypeError: if ages or labels are not integers.

@@ -66,6 +66,10 @@ def global_centroids(centroids: Tensor) -> Tensor:
 
     Returns:
         v', shape ``(num_classes, dim)``.
+
+    Example:
+        >>> global_centroids(torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]])).tolist()
+        [[0.5, 1.5]]
     """
     return reduce(centroids, "g c d -> c d", "mean")
 

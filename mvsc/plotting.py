@@ -172,7 +172,7 @@ def draw_heatmap(
         cmap=_COSINE_COLORS,
         vmin=low,
         vmax=high,
-        alpha=1.0 if image is None else 0.6,
+        alpha=1.0 if image is None else 0.7,
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )
 

@@ -1,6 +1,9 @@
-"""What README and docs say is run."""
+"""What README, docs and docstrings say is run; what they link to is there."""
 
+import doctest
+import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from torch import nn
 
 import mutations
 import mvsc
+from mvsc import diagnostics, equations, plotting
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,10 +73,92 @@ def test_the_readme_has_the_two_commands_that_ci_runs():
     assert "pytest" in commands[1]
 
 
+MODULES = [
+    "mvsc",
+    *(f"mvsc.{module.name}" for module in pkgutil.iter_modules(mvsc.__path__) if not module.ispkg),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_docstrings_run(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("module", [equations, diagnostics], ids=lambda module: module.__name__)
+def test_every_pure_function_has_an_example_that_runs(module):
+    for function in functions(module):
+        tests = doctest.DocTestFinder(recurse=False).find(function, globs={})
+        assert any(test.examples for test in tests), function.__name__
+
+
+def functions(module):
+    """The public functions that a module defines itself."""
+    return [
+        value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
+    ] or pytest.fail(f"{module.__name__} defines no function")
+
+
 def test_every_public_name_has_a_place_in_the_api_page():
     page = (ROOT / "docs" / "api.rst").read_text("utf-8")
     for name in mvsc.__all__:
         assert re.search(rf"\b{name}\b", page), name
+
+
+@pytest.mark.parametrize("module", [mvsc, equations, diagnostics, plotting])
+def test_everything_public_is_described_and_on_the_api_page(module):
+    page = (ROOT / "docs" / "api.rst").read_text("utf-8")
+    own = [getattr(mvsc, name) for name in mvsc.__all__] if module is mvsc else functions(module)
+    for value in own:
+        assert inspect.getdoc(value), value
+    if module is not mvsc:
+        assert f".. automodule:: {module.__name__}\n   :members:\n" in page
+        for function in own:
+            told = inspect.getdoc(function)
+            for argument in inspect.signature(function).parameters:
+                assert re.search(rf"^ +{argument}: ", told, re.MULTILINE), (function, argument)
+            if inspect.signature(function).return_annotation is not None:
+                assert "\nReturns:\n" in told, function
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        text = page.read_text("utf-8")
+        found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+        found += re.findall(r"^```\{(?:image|include|executed)\} (\S+)", text, re.MULTILINE)
+        for link in found:
+            if not re.match(r"[a-z]+:", link):
+                yield pytest.param(page, link, id=f"{page.name}-{link}")
+
+
+@pytest.mark.parametrize(("page", "link"), list(links()))
+def test_a_relative_link_leads_somewhere(page, link):
+    path, _, anchor = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    assert target.exists()
+    assert target.is_relative_to(ROOT)
+    if anchor:
+        assert anchor in anchors(target)
+
+
+def test_every_page_is_in_the_table_of_contents():
+    pages = {path.stem for path in (ROOT / "docs").glob("*") if path.suffix in {".md", ".rst"}}
+    trees = re.findall(
+        r"^```\{toctree\}\n(.*?)^```",
+        "\n".join(path.read_text("utf-8") for path in PAGES),
+        re.MULTILINE | re.DOTALL,
+    )
+    listed = {line.strip() for tree in trees for line in tree.splitlines() if line[:1] != ":"}
+    assert pages - listed == {"index"}
 
 
 def test_every_option_of_the_regularizer_has_a_row_in_the_docs():
