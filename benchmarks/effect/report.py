@@ -124,6 +124,6 @@ def report(results: Path, classes: list[str] | None) -> str:
 
 if __name__ == "__main__":
     names = RESULTS / "classes.txt"
-    found = report(RESULTS, names.read_text("utf-8").split("\n") if names.exists() else None)
+    found = report(RESULTS, names.read_text("utf-8").splitlines() if names.exists() else None)
     sys.stdout.write(found)
     (RESULTS / "report.md").write_text(found, "utf-8")
