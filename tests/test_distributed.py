@@ -349,9 +349,7 @@ def test_gradients_are_the_means_of_the_single_processes(two):
         assert_close(two[rank]["local means"][1], averaged, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize(
-    ("result", "step"), [("global means", 0), ("global means, one empty", 2)]
-)
+@pytest.mark.parametrize(("result", "step"), [("global means", 0), ("global means, one empty", 2)])
 def test_means_over_processes_are_those_of_the_concatenated_batch(two, result, step):
     (model, reg, *first), (other, _, *second) = one_step(step)
     assert (second[1].sum() == 0) == (result == "global means, one empty")

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -170,6 +172,22 @@ def test_backward_keeps_the_cells_and_nothing_else(layout, dtype):
     features_bytes = features.untyped_storage().nbytes()
     assert features.untyped_storage().data_ptr() not in kept
     assert sum(kept.values()) < 0.01 * features_bytes + 9 * 8 * 4
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nothing_as_large_as_the_map_lives_on_between_forward_and_backward(layout):
+    # What a function keeps on its context escapes the hooks of the test above.
+    features = in_layout(torch.randn(2, 64, 16, 16).bfloat16(), layout).requires_grad_()
+    cells = torch.randint(0, 9, (2, 16, 16))
+    means, _ = segment_mean(features, cells, 8)
+    gc.collect()
+    large = [
+        each
+        for each in gc.get_objects()
+        if type(each) is torch.Tensor and each.shape == features.shape and each is not features
+    ]
+    assert large == []
+    means.sum().backward()
 
 
 def test_gradients_of_first_and_second_order_are_those_of_finite_differences():

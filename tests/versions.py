@@ -54,6 +54,9 @@ def main(which: str, *arguments: str) -> None:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(lower_bounds() if which == "oldest" else []))
         install = ["-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
+        # First in a bare place, as a user has it: the package and what it needs.
+        run(python, *install, str(ROOT))
+        print(run(python, "-W", "error", "-I", ROOT / "tests" / "one_step.py"), end="", flush=True)
         run(python, *install, f"{ROOT}[test]")
         tested = subprocess.run(
             # Not `python -m pytest`: what is installed is tested, not the tree.
