@@ -35,7 +35,7 @@ TESTS = (
 FIRST = {"finding": "attach", "integrations/transformers": "integrations"}
 """Where the tests of a file without one of its own name are."""
 
-SEVERAL = ("process", "shard", "group, not", "group is", "sync_means")
+SEVERAL = ("process", "shard", "of the world", "sync_means", "group is forgotten")
 """What the bugs are about that only the tests with several processes can notice."""
 
 TIME_LIMIT = 600
@@ -173,7 +173,12 @@ def most_likely(name: str, line: str, wrong: str, meaning: str) -> str:
 
 def noticed_by(copy: Path, *first: str) -> str | None:
     """Run the tests on the copy, some files before the others; return what fails."""
-    files = [f"tests/test_{name}.py" for name in dict.fromkeys([*first, *TESTS])]
+    others = [name for name in TESTS if name not in first]
+    return run_tests(copy, list(first)) or run_tests(copy, others)
+
+
+def run_tests(copy: Path, names: list[str]) -> str | None:
+    files = [f"tests/test_{name}.py" for name in names]
     receiver, sender = multiprocessing.Pipe(duplex=False)
     run = multiprocessing.get_context("fork").Process(target=tests, args=(copy, files, sender))
     run.start()
@@ -200,6 +205,8 @@ def tests(copy: Path, files: list[str], result: Connection) -> None:
     sys.path[0] = str(copy)
     failure = FirstFailure()
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "no shrinking"]
+    # hypothesis has been imported before pytest could rewrite its assertions.
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
     code = pytest.main([*options, *files], plugins=[failure])
     result.send(failure.name or (None if code == 0 else "a crash"))
 
