@@ -1,10 +1,13 @@
-"""Train one step with an installed mvsc, or with the one in the folder that is given."""
+"""Train one step, every warning an error, with an installed mvsc or that in a given folder."""
 
 import sys
+import warnings
 
 import torch
 from torch import nn
 
+# From here on: torch 2.6 itself warns that numpy is missing.
+warnings.simplefilter("error")
 sys.path[:0] = sys.argv[1:]
 
 import mvsc

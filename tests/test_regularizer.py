@@ -406,13 +406,15 @@ def test_centroids_are_float32_under_another_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["by its weights", "called"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_gives_nearly_the_same_float32_loss(dtype):
+def test_a_model_in_half_precision_gives_nearly_the_same_float32_loss(dtype, called):
     step = example(align_weight=1, classify_weight=1)
     twin = copy.deepcopy(step.reg)
     expected = step.loss()
     features = step.features.detach().to(dtype).requires_grad_()
-    loss = twin(features, step.labels, copy.deepcopy(step.classifier).to(dtype))
+    classifier = copy.deepcopy(step.classifier).to(dtype)
+    loss = twin(features, step.labels, nn.Sequential(classifier) if called else classifier)
     loss.backward()
     assert loss.dtype == torch.float32
     assert features.grad is not None
