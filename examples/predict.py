@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from mvsc.plotting import class_colors
 from PIL import Image
 from tqdm import tqdm
 
 from data import read_image
 from evaluate import load_segmenter, logits_at
+from mvsc.plotting import class_colors
 from quickstart import pick_device
 from weights import write_whole
 

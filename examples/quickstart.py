@@ -333,9 +333,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(path)
-            image.info["stored"] = image.tile[0][3] if image.tile else image.mode
-            image.load()
+            with path.open("rb") as file:  # closed whatever Pillow finds in it
+                image = Image.open(file)
+                image.info["stored"] = image.tile[0][3] if image.tile else image.mode
+                image.load()
         except (
             OSError,
             SyntaxError,  # so Pillow calls some broken PNG files, and others ValueError

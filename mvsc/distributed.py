@@ -50,7 +50,7 @@ def assert_in_sync(regularizer: nn.Module) -> None:
     """Raise if a regularizer is not bitwise the same on every process.
 
     A check for the start of a run and after changes to the loop; it communicates, so every process
-    has to call it.
+    of the regularizer's group has to call it.
 
     Args:
         regularizer: an :class:`mvsc.MVSCRegularizer`, or any module that should be equal.
@@ -61,11 +61,15 @@ def assert_in_sync(regularizer: nn.Module) -> None:
     Example:
         >>> assert_in_sync(nn.Linear(2, 3))  # A single process is in sync with itself.
     """
-    if world_size() == 1:
+    groups = (getattr(module, "process_group", None) for module in regularizer.modules())
+    group = next((group for group in groups if group is not None), None)
+    if world_size(group) == 1:
         return
     for name, tensor in regularizer.state_dict().items():
-        copies = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(copies, tensor.contiguous())
+        if hasattr(tensor, "full_tensor"):  # Sharded by FSDP2.
+            tensor = tensor.full_tensor()
+        copies = [torch.empty_like(tensor) for _ in range(world_size(group))]
+        dist.all_gather(copies, tensor.contiguous(), group=group)
         for other, copied in enumerate(copies):
             if not torch.equal(copied, copies[0]):
                 raise RuntimeError(

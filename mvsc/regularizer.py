@@ -1,5 +1,6 @@
 """The module: it owns the centroids and the hyper-parameters; ``terms`` is the walk."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal, TypeGuard
 
@@ -374,9 +375,26 @@ class MVSCRegularizer(nn.Module):
         kept = self.centroids.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.centroids.data
-        if torch.promote_types(moved.dtype, torch.float32) != moved.dtype:
+        if _is_half(moved):
             self.centroids.data = kept.to(moved.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Load as any module, but a state in half precision as float32, with assign=True too."""
+        super()._load_from_state_dict(*args)
+        if _is_half(self.centroids):
+            self.centroids.data = self.centroids.data.float()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MVSCRegularizer":
+        # A process group cannot be copied; the copy communicates with the same processes.
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = copied = self.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype
 
 
 def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:

@@ -3,9 +3,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 # The oracle and the strategies are plain modules beside the tests.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Maps are tiny here: a second thread gains nothing, and beside other processes it costs most of
+# the time.
+torch.set_num_threads(1)
+
+# For tests/mutations.py, which asks only whether a test fails: the smallest example that shows
+# it would take longer to find than the first.
+settings.register_profile(
+    "no shrinking", phases=[Phase.explicit, Phase.generate], derandomize=True, database=None
+)
 
 
 @pytest.fixture(autouse=True)

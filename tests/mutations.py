@@ -3,18 +3,42 @@
     python tests/mutations.py            # all, a quarter of an hour on 2 cores
     python tests/mutations.py 3 17       # some, by number
 
-Works on a copy in a temporary folder. Prints a Markdown table.
+Works on a copy in a temporary folder. Prints the table of docs/mutations.md. The file of tests
+that stands beside the file with the bug is run first, and the first failure ends the run. Each
+run is a fork of this process, which has imported torch already; so it needs a POSIX system.
 """
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import hypothesis  # noqa: F401  (imported once, before the forks)
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[1]
-TESTS = ("equations", "sampling", "segment", "checks", "regularizer", "state", "distributed")
+TESTS = (
+    "equations",
+    "sampling",
+    "segment",
+    "checks",
+    "regularizer",
+    "state",
+    "attach",
+    "distributed",
+    "attach_distributed",
+)
+FIRST = {"finding": "attach", "integrations/transformers": "integrations"}
+"""Where the tests of a file without one of its own name are."""
+
+SEVERAL = ("process", "shard", "of the world", "sync_means", "group is forgotten")
+"""What the bugs are about that only the tests with several processes can notice."""
+
+TIME_LIMIT = 600
 
 # What a hurried or well-meaning hand would write: file, line, line after, and what it means.
 BUGS = [
@@ -72,17 +96,59 @@ BUGS = [
     ("distributed", "_all_reduce(grad, ctx.group) / dist.get_world_size(ctx.group), None", "_all_reduce(grad, ctx.group), None", "sum for mean over processes"),
     ("distributed", "        return _all_reduce(grad, ctx.group), None", "        return grad, None", "the encoder's gradient shrinks by the number of processes"),
     ("checks", "labels = labels.long()  # Before", "labels = labels  # Before", "uint8 comparison in the check"),
+    ("regularizer", "                counts = distributed.sum_over_processes(counts, self.process_group)\n", "", "sync_means: own counts under the sums of all"),
+    ("regularizer", "        self._advance()\n        device_type", "        self._advance()\n        self._last = features\n        device_type", "the features are kept on the module"),
+    ("regularizer", "rank = distributed.rank(self.process_group)", "rank = distributed.rank()", "the rank is that of the world, not of the group"),
+    ("distributed", "dist.all_reduce(total, group=group)", "dist.all_reduce(total)", "the group is forgotten"),
+    ("attach", "            features = features.movedim(-1, 1)\n", "            pass\n", "channels of a Linear's input taken for rows"),
+    ("attach", "        self.working = True  # The call", "        self.working = False  # The call", "the regularizer's own call of the classifier is a forward"),
+    ("attach", "features.clone() if module.inplace else features", "features", "what an in-place dropout left is tapped"),
+    ("attach", "            features = self.undropped\n", "            pass\n", "features from behind the dropout"),
+    ("attach", "            return False  # A backward replays", "            pass  # A backward replays", "the replay of a checkpoint is a forward"),
+    ("attach", "self.forwards = min(self.forwards + 1, 2)", "self.forwards = 1", "of two forwards the last is taken"),
+    ("attach", "        if training and torch.is_grad_enabled():", "        if torch.is_grad_enabled():", "an evaluation is a forward"),
+    ("attach", "        if not features.requires_grad:", "        if False:", "frozen features go unnoticed"),
+    ("attach", "if version is not None and features._version != version:", "if False:", "a change in place goes unnoticed"),
+    ("attach", "        self.clear(missing if features is None else _USED_UP)\n", "", "features stay after their loss"),
+    ("attach", "    def __deepcopy__(self", "    def _deepcopy(self", "an EMA copy of the model writes into the tap"),
+    ("attach", "output.loss = output.loss + self.loss(labels)", "self.loss(labels)", "add_to_loss adds nothing"),
+    ("attach", "_options_of_config(model, path) | options", "options | _options_of_config(model, path)", "the config beats the user's option"),
+    ("attach", "regularizer.to(layer.weight.device)", "regularizer", "the regularizer stays on the CPU"),
+    ("finding", "    if len(fit) != 1:", "    if not fit:", "the first of several candidates is guessed"),
+    ("finding", 'return "" if distance <= _SAME * float(logits.norm())', 'return "" if True', "any layer of the right shape is proven"),
+    ("finding", 'if "aux" in path.lower():', "if False:", "an auxiliary head may be the classifier"),
+    ("finding", "            module.training = training\n", "            pass\n", "the example leaves the model in evaluation mode"),
+    ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
+    ("integrations/transformers", "            optimizer.add_param_group(reg.param_group())\n", "            pass\n", "the Trainer's optimizer does not get the centroids"),
+    ("integrations/transformers", "        self.reg.zero_grad()", "        pass", "the Trainer's steps add the centroids' gradients up"),
+    ("integrations/transformers", "        self.reg.load_state_dict(torch.load(file, weights_only=True))", "        pass", "a resumed Trainer starts with new centroids"),
 ]  # fmt: skip
+
+
+class FirstFailure:
+    """A plugin for pytest: what failed first, and nothing of what pytest has to say."""
+
+    name: str | None = None
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and self.name is None:
+            self.name = report.nodeid.split("::", 1)[-1].split("[")[0]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and self.name is None:
+            self.name = "the import"
 
 
 def main() -> None:
     chosen = [int(each) for each in sys.argv[1:]] or range(len(BUGS))
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for each in ("mvsc", "tests"):
+        for each in ("mvsc", "tests", "examples", "benchmarks", "docs"):
             shutil.copytree(ROOT / each, copy / each, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        if (noticed := noticed_by(copy)) is not None:
+        first = dict.fromkeys(most_likely(*BUGS[number]) for number in chosen)
+        if (noticed := noticed_by(copy, *first)) is not None:
             sys.exit(f"The tests fail without any bug: {noticed}")
         print("| # | file | bug | noticed by |\n| --- | --- | --- | --- |", flush=True)
         for number in chosen:
@@ -92,26 +158,57 @@ def main() -> None:
             if line not in source:
                 sys.exit(f"Bug {number} has no place any more: {line!r} is not in {name}.py.")
             path.write_text(source.replace(line, wrong, 1), "utf-8")
-            noticed = noticed_by(copy)
+            noticed = noticed_by(copy, most_likely(*BUGS[number]))
             path.write_text(source, "utf-8")
             test = f"`{noticed}`" if noticed else "**nothing**"
             print(f"| {number} | {name}.py | {meaning} | {test} |", flush=True)
 
 
-def noticed_by(copy: Path) -> str | None:
-    """Run the tests of the core on the copy; return the first that fails."""
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode == 0:
-        return None
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split(" - ")[0].split("::", 1)[-1].split("[")[0] if failed else "a crash"
+def most_likely(name: str, line: str, wrong: str, meaning: str) -> str:
+    """Return the file of tests that should notice a bug."""
+    if any(each in meaning for each in SEVERAL):
+        return "distributed"
+    return FIRST.get(name, name)
+
+
+def noticed_by(copy: Path, *first: str) -> str | None:
+    """Run the tests on the copy, some files before the others; return what fails."""
+    others = [name for name in TESTS if name not in first]
+    return run_tests(copy, list(first)) or run_tests(copy, others)
+
+
+def run_tests(copy: Path, names: list[str]) -> str | None:
+    files = [f"tests/test_{name}.py" for name in names]
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    run = multiprocessing.get_context("fork").Process(target=tests, args=(copy, files, sender))
+    run.start()
+    sender.close()
+    run.join(TIME_LIMIT)
+    if run.is_alive():
+        run.kill()
+        return "a hang"
+    try:
+        noticed: str | None = receiver.recv()
+    except EOFError:
+        return "a crash"
+    return noticed
+
+
+def tests(copy: Path, files: list[str], result: Connection) -> None:
+    """Run the tests in this process, in silence, and send what failed first."""
+    with open(os.devnull, "w") as silence:  # noqa: PTH123
+        os.dup2(silence.fileno(), 1)
+        os.dup2(silence.fileno(), 2)
+    os.chdir(copy)
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[0] = str(copy)
+    failure = FirstFailure()
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile", "no shrinking"]
+    # hypothesis has been imported before pytest could rewrite its assertions.
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    code = pytest.main([*options, *files], plugins=[failure])
+    result.send(failure.name or (None if code == 0 else "a crash"))
 
 
 if __name__ == "__main__":

@@ -535,6 +535,8 @@ def test_add_to_loss_without_labels_raises_at_the_second_forward(images, labels)
         model(images)
 
 
+# The compiler looks at the gradient of every tensor that it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_add_to_loss_works_in_a_compiled_model(images, labels):
     torch.compiler.reset()
     losses = []

@@ -1,8 +1,12 @@
 """Two and three real processes over gloo on this machine, against a single one."""
 
+import copy
 import os
+import re
+import textwrap
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +38,7 @@ FSDP2_ON_CPU = torch.__version__ >= "2.7"
 if FSDP2_ON_CPU:
     WIRINGS |= {"FSDP2": {}, "FSDP2 child": {}, "FSDP2 inside": {}}
 BY_THREE = [wiring for wiring in ("bare", "FSDP2") if wiring in WIRINGS]
+PROCESSES = Path(__file__).parents[1] / "docs" / "processes.md"
 
 
 class Segmenter(nn.Module):
@@ -74,10 +79,13 @@ def micro_steps(wiring, step):
     return [2 * step, 2 * step + 1] if wiring == "accumulated" else [step]
 
 
-def train(wiring, rank, steps=STEPS):
-    """Train as the user of a wiring does; return every parameter, whole."""
-    model, reg = make()
-    plain, options = model, WIRINGS[wiring]
+def train(wiring, rank, steps=STEPS, group=None):
+    """Train as the user of a wiring does; return every parameter, whole, and what the check says.
+
+    ``rank`` is that in the group, which is all processes if it is None.
+    """
+    model, reg = make(process_group=group)
+    plain, options = model, {"process_group": group, **WIRINGS[wiring]}
     within = wiring in ("inside forward", "FSDP2 inside")
     if within or wiring == "submodule":
         model.reg = reg
@@ -111,7 +119,8 @@ def train(wiring, rank, steps=STEPS):
         if wiring == "clipped":
             nn.utils.clip_grad_norm_(parameters, 0.05)
         optimizer.step()
-    return whole([*plain.encoder.parameters(), *plain.classifier.parameters(), reg.centroids])
+    parameters = [*plain.encoder.parameters(), *plain.classifier.parameters(), reg.centroids]
+    return whole(parameters), in_sync(reg)
 
 
 def whole(parameters):
@@ -120,11 +129,12 @@ def whole(parameters):
     ]
 
 
-def gradients(rank, **options):
+def gradients(rank, step=0, group=None, **options):
     """Take one step and return the loss and the gradients that the optimizer would see."""
-    model, reg = make(**options)
-    parallel = DistributedDataParallel(model)
-    images, labels = batch(rank, 0)
+    model, reg = make(process_group=group, **options)
+    reg.step += step
+    parallel = DistributedDataParallel(model, process_group=group)
+    images, labels = batch(rank, step)
     features, logits = parallel(images)
     loss = reg(features, labels, model.classifier)
     (loss + 0 * logits.sum()).backward()
@@ -139,11 +149,47 @@ def in_sync(reg):
     return "in sync"
 
 
-def drifted(rank):
-    reg = MVSCRegularizer(CLASSES, DIM)
+def drifted(rank, group=None):
+    reg = MVSCRegularizer(CLASSES, DIM, process_group=group)
     with torch.no_grad():
         reg.centroids[0, 0, 0] += rank
     return in_sync(reg)
+
+
+def skipping(rank):
+    """Train by the recipe on the page; the second process has no finite loss in one step."""
+    recipe = re.search(r"^   ```\n(.*?)^   ```", PROCESSES.read_text("utf-8"), re.M | re.S)
+    assert recipe is not None
+    model, reg = make()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([*model.parameters(), *reg.parameters()], lr=0.01)
+    steps_taken = []
+    for step in range(4):
+        images, labels = batch(rank, step)
+        if (rank, step) == (1, 1):
+            images.fill_(torch.nan)
+        features, logits = parallel(images)
+        loss = cross_entropy(logits, labels) + reg(features, labels, model.classifier)
+        optimizer.zero_grad()
+        exec(textwrap.dedent(recipe[1]), {"torch": torch, "loss": loss})
+        optimizer.step()
+        steps_taken.append(reg.centroids.grad is not None)
+    return steps_taken, whole([*model.parameters(), *reg.parameters()])
+
+
+def copied(group):
+    reg = MVSCRegularizer(CLASSES, DIM, process_group=group)
+    return copy.deepcopy(nn.ModuleList([reg]))[0].process_group is group
+
+
+def counted(rank):
+    """Return what a regularizer in DistributedDataParallel counts on each process."""
+    reg = MVSCRegularizer(CLASSES, DIM)
+    with torch.no_grad():
+        reg.invalid_count += 5 + rank
+    features, labels = torch.randn(1, DIM, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    DistributedDataParallel(reg)(features, labels, nn.Conv2d(DIM, CLASSES, 1))
+    return reg.invalid_count.item()
 
 
 def sharded_kernel():
@@ -170,13 +216,26 @@ def work(rank, folder, world, wirings):
     )
     alone = [dist.new_group([each]) for each in range(world)][rank]
     results = {wiring: train(wiring, rank) for wiring in wirings}
+    if world == 3:
+        # The middle process trains something else, or nothing at all.
+        pair = dist.new_group([0, 2])
+        if rank != 1:
+            results |= {
+                "pair": train("bare", rank // 2, group=pair),
+                "pair, global means": gradients(rank // 2, group=pair, sync_means=True),
+                "pair, drifted": drifted(rank, pair),
+            }
     if world == 2:
         results |= {
             "initial": MVSCRegularizer(CLASSES, DIM).centroids.detach().clone(),
             "local means": gradients(rank),
             "global means": gradients(rank, sync_means=True),
+            "global means, one empty": gradients(rank, 2, sync_means=True),
             "no sync": gradients(rank, sync=False),
-            "alone": gradients(rank, process_group=alone, sync_means=True),
+            "alone": gradients(rank, group=alone, sync_means=True),
+            "skipping": skipping(rank),
+            "copied": copied(alone),
+            "counted": counted(rank),
             "in sync": in_sync(MVSCRegularizer(CLASSES, DIM)),
             "drifted": drifted(rank),
             "sharded kernel": sharded_kernel() if FSDP2_ON_CPU else "",
@@ -247,31 +306,32 @@ def trajectory(wiring, world):
     return whole(parameters)
 
 
-def one_step(world=2):
-    """Return model, regularizer and the summed cells of each process in its first step."""
+def one_step(step=0):
+    """Return model, regularizer and the summed cells of each of two processes in a step."""
     results = []
-    for rank in range(world):
+    for rank in range(2):
         model, reg = make()
-        reg.step += 1
-        results.append((model, reg, *cell_sums(model, reg, rank, 0)[:2]))
+        reg.step += step + 1
+        results.append((model, reg, *cell_sums(model, reg, rank, step)[:2]))
     return results
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_parameters_stay_bitwise_equal_on_two_processes(two, wiring):
-    assert_close(two[0][wiring], two[1][wiring], rtol=0, atol=0)
+    assert_close(two[0][wiring][0], two[1][wiring][0], rtol=0, atol=0)
+    assert two[0][wiring][1] == two[1][wiring][1] == "in sync"
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_two_processes_walk_the_path_of_the_mean_gradient(two, wiring):
-    assert_close(two[0][wiring], trajectory(wiring, 2), rtol=1e-5, atol=1e-8)
+    assert_close(two[0][wiring][0], trajectory(wiring, 2), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("wiring", BY_THREE)
 def test_three_processes_walk_the_path_of_the_mean_gradient(three, wiring):
     for other in three[1:]:
-        assert_close(other[wiring], three[0][wiring], rtol=0, atol=0)
-    assert_close(three[0][wiring], trajectory(wiring, 3), rtol=1e-5, atol=1e-8)
+        assert_close(other[wiring][0], three[0][wiring][0], rtol=0, atol=0)
+    assert_close(three[0][wiring][0], trajectory(wiring, 3), rtol=1e-5, atol=1e-8)
 
 
 def test_centroids_start_equal_with_no_communication(two):
@@ -289,8 +349,10 @@ def test_gradients_are_the_means_of_the_single_processes(two):
         assert_close(two[rank]["local means"][1], averaged, rtol=1e-12, atol=1e-15)
 
 
-def test_means_over_processes_are_those_of_the_concatenated_batch(two):
-    (model, reg, *first), (other, _, *second) = one_step()
+@pytest.mark.parametrize(("result", "step"), [("global means", 0), ("global means, one empty", 2)])
+def test_means_over_processes_are_those_of_the_concatenated_batch(two, result, step):
+    (model, reg, *first), (other, _, *second) = one_step(step)
+    assert (second[1].sum() == 0) == (result == "global means, one empty")
     loss = loss_of(model, reg, first[0] + second[0], first[1] + second[1])
     # The second process's encoder is a copy: its share of the gradient is added.
     parameters = [*model.parameters(), *reg.parameters()]
@@ -299,7 +361,7 @@ def test_means_over_processes_are_those_of_the_concatenated_batch(two):
     for position, share in enumerate(shares):
         expected[position] = expected[position] + share
     for rank in range(2):
-        value, gradients = two[rank]["global means"]
+        value, gradients = two[rank][result]
         assert_close(value, loss.detach(), rtol=1e-12, atol=0)
         assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
 
@@ -316,6 +378,30 @@ def test_a_process_group_of_one_is_a_single_process(two):
     model, reg, sums, counts = one_step()[0]
     assert_close(two[0]["alone"][0], loss_of(model, reg, sums, counts).detach())
     assert not torch.allclose(two[0]["alone"][1][-1], two[1]["alone"][1][-1])
+
+
+def test_two_of_three_processes_are_as_two(two, three):
+    for position, rank in enumerate((0, 2)):
+        assert_close(three[rank]["pair"][0], two[position]["bare"][0], rtol=0, atol=0)
+        assert three[rank]["pair"][1] == "in sync"
+        found, expected = three[rank]["pair, global means"], two[position]["global means"]
+        assert_close(found, expected, rtol=1e-12, atol=1e-15)
+        assert "got ranks 0 and 1 that differ" in three[rank]["pair, drifted"]
+
+
+def test_a_copy_communicates_in_the_group_of_the_original(two):
+    assert two[0]["copied"]
+
+
+def test_a_step_that_one_process_cannot_take_is_skipped_by_all_with_the_recipe(two):
+    for steps_taken, parameters in (result["skipping"] for result in two):
+        assert steps_taken == [True, False, True, True]
+        assert all(parameter.isfinite().all() for parameter in parameters)
+    assert_close(two[0]["skipping"][1], two[1]["skipping"][1], rtol=0, atol=0)
+
+
+def test_inside_distributed_data_parallel_the_counter_is_that_of_the_first_process(two):
+    assert [result["counted"] for result in two] == [5, 5]
 
 
 def test_each_process_draws_its_own_split():

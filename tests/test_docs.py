@@ -168,12 +168,24 @@ def test_every_option_of_the_regularizer_has_a_row_in_the_docs():
 
 
 def test_every_proof_on_the_contract_page_exists():
-    page = (ROOT / "docs" / "contract.md").read_text("utf-8")
-    proofs = set(re.findall(r"`(test_\w+|AnyOrderOfEvents)`", page))
+    pages = [(ROOT / "docs" / name).read_text("utf-8") for name in ("contract.md", "mutations.md")]
+    proofs = set(re.findall(r"`(test_\w+|AnyOrderOfEvents)`", "".join(pages)))
     tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     defined = set(re.findall(r"^(?:def|class) (\w+)", tests, re.MULTILINE))
     assert len(proofs) > 40
     assert proofs <= defined
+
+
+def test_the_page_of_planted_bugs_has_them_all_and_each_was_noticed():
+    page = (ROOT / "docs" / "mutations.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| (\S+)\.py \| (.*) \| (.*) \|$", page, re.MULTILINE)
+    bugs = [(str(i), name, meaning) for i, (name, _, _, meaning) in enumerate(mutations.BUGS)]
+    assert [row[:3] for row in rows] == bugs
+    for number, *_, noticed in rows:
+        assert re.fullmatch(r"`\w+`|a crash|a hang", noticed), number
+    assert f"plants {len(bugs)} realistic bugs" in (ROOT / "docs" / "contract.md").read_text(
+        "utf-8"
+    )
 
 
 def test_every_bug_to_be_planted_still_has_its_place():

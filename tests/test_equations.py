@@ -187,6 +187,7 @@ def test_what_the_classifier_answers_for_an_absent_cell_never_matters():
     assert_close(loss.item(), math.log(2))
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_an_empty_batch_is_clean_under_anomaly_detection():
     means = torch.randn(1, 2, 3, requires_grad=True)
     with torch.autograd.detect_anomaly(check_nan=True):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -272,6 +274,19 @@ def test_each_training_step_draws_anew_and_evaluation_does_not():
     assert step.reg.step.item() == 2
 
 
+@pytest.mark.parametrize("step_number", [2**31 - 1, 2**32 - 1, 2**62])
+def test_large_steps_give_the_oracles_loss_and_draw_anew(step_number):
+    step = example(num_classes=4, dim=3, dtype=torch.float64)
+    step.reg.step.fill_(step_number)
+    values = [leaf.detach().numpy() for leaf in step.leaves()]
+    losses = []
+    for taken in (1, 2):
+        losses.append(step.loss().item())
+        assert step.reg.step.item() == step_number + taken
+        assert relative_error(losses[-1], by_oracle(step, *values)) < 1e-12
+    assert losses[0] != losses[1]
+
+
 def test_a_resumed_run_continues_bitwise():
     step = example()
     for _ in range(3):
@@ -289,6 +304,15 @@ def test_the_state_is_centroids_and_step():
 def test_a_state_of_another_size_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch for centroids"):
         MVSCRegularizer(5, 6).load_state_dict(MVSCRegularizer(5, 7).state_dict())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_in_half_precision_is_loaded_as_float32(assign):
+    reg = MVSCRegularizer(5, 6)
+    state = {**reg.state_dict(), "centroids": reg.centroids.detach().half()}
+    resumed = MVSCRegularizer(5, 6, seed=1)
+    resumed.load_state_dict(state, assign=assign)
+    assert_close(resumed.centroids.detach(), state["centroids"].float(), rtol=0, atol=0)
 
 
 def test_reset_parameters_brings_the_first_state_back_also_from_the_meta_device():
@@ -381,13 +405,15 @@ def test_centroids_are_float32_under_another_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("called", [False, True], ids=["by its weights", "called"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_in_half_precision_gives_nearly_the_same_float32_loss(dtype):
+def test_a_model_in_half_precision_gives_nearly_the_same_float32_loss(dtype, called):
     step = example(align_weight=1, classify_weight=1)
     twin = copy.deepcopy(step.reg)
     expected = step.loss()
     features = step.features.detach().to(dtype).requires_grad_()
-    loss = twin(features, step.labels, copy.deepcopy(step.classifier).to(dtype))
+    classifier = copy.deepcopy(step.classifier).to(dtype)
+    loss = twin(features, step.labels, nn.Sequential(classifier) if called else classifier)
     loss.backward()
     assert loss.dtype == torch.float32
     assert features.grad is not None
@@ -416,6 +442,16 @@ def test_inputs_are_not_modified():
     before = step.features.detach().clone(), step.labels.clone()
     step.loss().backward()
     assert_close((step.features.detach(), step.labels), before, rtol=0, atol=0)
+
+
+def test_labels_made_in_inference_mode_are_welcome():
+    step = example()
+    twin = copy.deepcopy(step.reg)
+    with torch.inference_mode():
+        labels = step.labels.clone()
+    loss = twin(step.features, labels, step.classifier)
+    loss.backward()
+    assert_close(loss, step.loss(), rtol=0, atol=0)
 
 
 def test_the_hot_path_reads_nothing_back(monkeypatch):
@@ -449,6 +485,76 @@ def test_compiled_numbers_are_the_eager_ones(dynamic):
         assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
 
 
+@pytest.mark.parametrize("size", [(7, 5), (28, 20), (3, 4), (13, 9)])
+@pytest.mark.parametrize("ignore_index", [255, -1, -100, 300, 0])
+def test_labels_of_every_integer_dtype_give_the_same_loss(size, ignore_index):
+    torch.manual_seed(0)
+    features, labels = torch.randn(2, 6, 7, 5), torch.randint(0, 120, (2, *size))
+    classifier = nn.Conv2d(6, 120, 1)
+
+    def loss(dtype):
+        # A class that the dtype cannot tell from the ignored label would vanish here.
+        reg = MVSCRegularizer(120, 6, ignore_index=ignore_index)
+        return reg(features, labels.to(dtype), classifier)
+
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32):
+        assert_close(loss(dtype), loss(torch.int64), rtol=0, atol=0)
+    assert_close(loss(torch.uint64), loss(torch.int64), rtol=0, atol=0)
+
+
+class OnADevice(TorchFunctionMode):
+    """Call the CPU a device: tensors say that they are on it, and are made on the CPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.device.__get__:
+            return self.device
+        kwargs = {
+            name: torch.device("cpu") if name == "device" else value
+            for name, value in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)
+
+
+def test_labels_out_of_range_on_a_device_raise_at_first_and_are_masked_and_counted_later(
+    monkeypatch,
+):
+    monkeypatch.setattr("mvsc.regularizer._capturing", lambda device: False)
+    step = example(pull_weight=0.0)
+    wrong = step.labels.clone()
+    wrong[1, 3, :4] = 77
+    wrong[0, 10, 5] = -3
+    masked = step.labels.where((wrong >= 0) & ((wrong < 5) | (wrong == IGNORE)), IGNORE)
+    twin = copy.deepcopy(step.reg)
+    with OnADevice(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autocast looks for the device
+        for _ in range(3):
+            with pytest.raises(ValueError, match=r"got -3 \(1 px\), 77 \(4 px\)"):
+                step.reg(step.features, wrong, step.classifier)
+        assert step.reg.step.item() == 0
+        losses = [step.reg(step.features, wrong, step.classifier) for _ in range(2)]
+        assert step.reg.invalid_count.item() == 2 * 5
+        good = step.reg(step.features, step.labels, step.classifier)
+    expected = [twin(step.features, each, step.classifier) for each in (masked, masked)]
+    expected.append(twin(step.features, step.labels, step.classifier))
+    assert_close([*losses, good], expected, rtol=0, atol=0)
+
+
+def test_the_forward_on_a_device_needs_no_value_and_no_tensor_of_the_host():
+    # A fake tensor has a device and no values: to read one, or to mix devices, is an error.
+    # (Its backward asks for the device itself.)
+    with FakeTensorMode(), torch.device("cuda"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # autocast looks for the device
+        features, labels = torch.randn(2, 6, 7, 5), torch.randint(0, 5, (2, 28, 20))
+        step = Batch(MVSCRegularizer(5, 6), features, labels, nn.Conv2d(6, 5, 1))
+        for wrong in (features.sum().item, lambda: features + torch.ones(5, device="cpu")):
+            with pytest.raises(Exception, match=r"data dependent|_local_scalar_dense|device"):
+                wrong()
+        step.reg._checks_left = 0  # as after the first steps
+        assert step.loss().device.type == "cuda"
+
+
 def test_compiled_labels_out_of_range_are_masked_and_counted():
     torch.compiler.reset()
     step = example()
@@ -476,17 +582,35 @@ def test_no_tensor_outlives_its_step():
     assert features() is None
 
 
-def test_threads_do_not_change_the_loss():
-    threads = torch.get_num_threads()
-    losses = []
+def run(forward, threads=1, steps=20):
+    """Train features, centroids and classifier; return them."""
+    torch.manual_seed(0)
+    step = example(num_classes=6, dim=16)
+    with torch.no_grad():
+        step.features.set_(torch.randn(2, 16, 64, 48))
+    parameters = step.leaves()
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    call = forward(step.reg)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            torch.manual_seed(0)
-            losses.append(example().loss())
+        for _ in range(steps):
+            optimizer.zero_grad()
+            call(step.features, step.labels, step.classifier).backward()
+            optimizer.step()
     finally:
-        torch.set_num_threads(threads)
-    assert_close(losses[1], losses[0], rtol=0, atol=1e-6)
+        torch.set_num_threads(before)
+    return [parameter.detach() for parameter in parameters]
+
+
+def test_the_same_seed_gives_the_same_run_on_one_and_two_threads():
+    assert_close(run(lambda reg: reg, 2), run(lambda reg: reg, 1), rtol=0, atol=0)
+
+
+def test_the_same_seed_gives_the_same_run_eager_and_compiled():
+    torch.compiler.reset()
+    compiled = run(lambda reg: torch.compile(reg, fullgraph=True, backend="aot_eager"))
+    assert_close(compiled, run(lambda reg: reg), rtol=1e-4, atol=1e-6)
 
 
 def test_training_brings_features_to_their_centroids():

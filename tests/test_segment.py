@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,6 +174,22 @@ def test_backward_keeps_the_cells_and_nothing_else(layout, dtype):
     assert sum(kept.values()) < 0.01 * features_bytes + 9 * 8 * 4
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nothing_as_large_as_the_map_lives_on_between_forward_and_backward(layout):
+    # What a function keeps on its context escapes the hooks of the test above.
+    features = in_layout(torch.randn(2, 64, 16, 16).bfloat16(), layout).requires_grad_()
+    cells = torch.randint(0, 9, (2, 16, 16))
+    means, _ = segment_mean(features, cells, 8)
+    gc.collect()
+    large = [
+        each
+        for each in gc.get_objects()
+        if type(each) is torch.Tensor and each.shape == features.shape and each is not features
+    ]
+    assert large == []
+    means.sum().backward()
+
+
 def test_gradients_of_first_and_second_order_are_those_of_finite_differences():
     for layout in ("contiguous", "channels_last"):
         features = in_layout(torch.randn(2, 2, 3, 2, dtype=torch.float64), layout).requires_grad_()
@@ -184,6 +202,8 @@ def test_gradients_of_first_and_second_order_are_those_of_finite_differences():
         assert torch.autograd.gradgradcheck(loss, features)
 
 
+# torch knows no faster way to batch an operator of one's own than one at a time.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_func_transforms_agree_with_autograd():
     features, cells = torch.randn(3, 2, 4, 4, 5), torch.randint(0, 4, (2, 4, 5))
 
