@@ -114,6 +114,7 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
     study.main(settings)
 
 
+@pytest.mark.slow
 def test_a_cell_is_a_process_of_its_own(folder, tmp_path):
     command = [
         *(sys.executable, str(STUDY / "study.py"), "--data-root", str(folder)),

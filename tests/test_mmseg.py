@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.testing import assert_close
 
-pytest.importorskip("mmseg", reason="needs examples/mmseg/requirements.txt")
+pytest.importorskip("mmengine", reason="needs examples/mmseg/requirements.txt")
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config

@@ -451,6 +451,7 @@ def test_crops_hold_what_the_label_says(folder, tmp_path):
         loading.PHOTOMETRIC = loading_photometric
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_exactly(tmp_path):
     # Twenty kills are a script of their own; two here, one of them while a file is written.
     kill_and_resume.kill_and_resume(tmp_path, 2, random.Random(1))
@@ -479,6 +480,7 @@ torch.save(states, Path(sys.argv[3]) / f"rank{rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
@@ -591,6 +593,7 @@ def stop_after(module, cells, settings):
         module.train = original
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, tmp_path):
     shape = "--steps 2000 --batch-size 2 --crop 32 32 --scale 64 48 --workers 2 --cpu"
     saving = "--no-pretrained --log-every 1 --save-every 5000 --eval-every 5000 --resume"
