@@ -154,3 +154,14 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
     assert "wall +2.0" in text
     assert "0.1000 at step 1" in text
+
+
+def test_the_readme_has_the_numbers_that_were_kept():
+    cells = report.load(report.RESULTS)["short", "segformer"]
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\N{MINUS SIGN}", "-")
+    for name in report.SCORES:
+        plain, ours = (
+            report.spread([cells[arm][seed][name] for seed in (0, 1, 2)]) for arm in ("ce", "mvsc")
+        )
+        gained = [cells["mvsc"][seed][name] - cells["ce"][seed][name] for seed in (0, 1, 2)]
+        assert f"| {plain} | {ours} | {report.gain(gained)} |" in readme

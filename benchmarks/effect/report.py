@@ -60,7 +60,8 @@ def gain(differences: list[float]) -> str:
 
 def table(cells: Cells, base: str = "ce") -> str:
     """One row an arm; cross-entropy first, the others by their gain in mIoU."""
-    head = ["arm", "seeds", *SCORES.values(), "gain in mIoU [95 %]", "gain in pixel accuracy"]
+    gains = [f"gain in {title} [95 %]" for title in SCORES.values()]
+    head = ["arm", "seeds", *SCORES.values(), *gains]
     order = sorted(
         cells,
         key=lambda arm: (arm != base, -statistics.mean(paired(cells, arm, base, "mIoU") or [-99])),
@@ -70,7 +71,7 @@ def table(cells: Cells, base: str = "ce") -> str:
         runs = cells[arm].values()
         row = [arm, str(len(runs)), *(spread([run[name] for run in runs]) for name in SCORES)]
         if arm != base:
-            row += [gain(paired(cells, arm, base, name)) for name in ("mIoU", "aAcc")]
+            row += [gain(paired(cells, arm, base, name)) for name in SCORES]
         lines.append("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |")
     return "\n".join(lines)
 
