@@ -204,9 +204,6 @@ class _Tap:
         self.working = False
         self.clear()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Tap":
-        return _Tap()
-
     def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
         return _Tap, ()
 

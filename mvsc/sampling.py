@@ -15,6 +15,9 @@ _Int = TypeVar("_Int", int, Tensor)
 
 _MASK = 0xFFFFFFFF
 
+_NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
+"""What torch 2.6 cannot index on the CPU."""
+
 
 def labels_on_grid(
     labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int
@@ -40,6 +43,8 @@ def labels_on_grid(
         >>> labels_on_grid(labels, (1, 2), num_classes=8, ignore_index=255).tolist()
         [[[2, 8]]]
     """
+    if labels.dtype in _NOT_INDEXED:
+        labels = labels.long()
     if labels.shape[1:] != size:
         rows, columns = (
             ((2 * torch.arange(target, device=labels.device) + 1) * source) // (2 * target)

@@ -110,7 +110,7 @@ BUGS = [
     ("attach", "        if not features.requires_grad:", "        if False:", "frozen features go unnoticed"),
     ("attach", "if version is not None and features._version != version:", "if False:", "a change in place goes unnoticed"),
     ("attach", "        self.clear(missing if features is None else _USED_UP)\n", "", "features stay after their loss"),
-    ("attach", "    def __deepcopy__(self", "    def _deepcopy(self", "an EMA copy of the model writes into the tap"),
+    ("attach", "    def __reduce__(self", "    def _reduce(self", "an EMA copy of the model writes into the tap"),
     ("attach", "output.loss = output.loss + self.loss(labels)", "self.loss(labels)", "add_to_loss adds nothing"),
     ("attach", "_options_of_config(model, path) | options", "options | _options_of_config(model, path)", "the config beats the user's option"),
     ("attach", "regularizer.to(layer.weight.device)", "regularizer", "the regularizer stays on the CPU"),

@@ -711,3 +711,11 @@ def test_options_reach_the_regularizer():
     assert reg.regularizer.ignore_index == 0
     assert "classifier_path='classifier'" in repr(reg)
     assert isinstance(reg, AttachedRegularizer)
+
+
+def test_the_ignored_label_of_the_models_config_gives_way_to_the_users():
+    model = Net()
+    model.config = SimpleNamespace(semantic_loss_ignore_index=7)
+    with attach(model) as reg:
+        assert reg.regularizer.ignore_index == 7
+    assert attach(model, ignore_index=3).regularizer.ignore_index == 3

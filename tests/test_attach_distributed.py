@@ -57,6 +57,8 @@ WIRINGS = {
     "add_to_loss": (ddp(), False, True),
     "add_to_loss, find_unused_parameters": (ddp(find_unused_parameters=True), True, True),
 }
+if torch.__version__ < "2.7":
+    del WIRINGS["FSDP2"]  # shards on devices only
 
 
 def train(rank, wiring):
