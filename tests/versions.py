@@ -20,7 +20,7 @@ import tomllib
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = {"oldest": "python3.10", "newest": "python3.13"}
-HOSTS = ("accelerate", "transformers")  # old ones lack the models that are tested
+HOSTS = ("accelerate", "safetensors", "transformers")  # old ones lack the models that are tested
 SHOWN = ("torch", "einops", "numpy", "timm", "transformers", "pytest", "hypothesis")
 
 
