@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def train(
     step = run.start()
     batches = iter(training_batches(data, recipe, segmenter.mean, step, rank, processes))
     model.train()
-    with interruption() as interrupted, run.progress(step) as bar:
+    with interruption() as interrupted, closing(run), run.progress(step) as bar:
         while step < recipe.steps:
             try:
                 parts = [next(batches) for _ in range(recipe.accumulate)]
@@ -349,8 +349,12 @@ class Run:
         if self.main:
             text = json.dumps({"classes": self.classes, **self.scores}, indent=1)
             write_whole(self.folder / "scores.json", lambda path: path.write_text(text, "utf-8"))
-            self.board.close()
         self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """Close the files that are written along the way, however the run ended."""
+        if self.main:
+            self.board.close()
 
     def _load(self) -> int:
         state = load_state(self.state)

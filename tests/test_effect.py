@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import tiny_data
 
@@ -95,6 +96,7 @@ def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
 
 
 def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
+    AcceleratorState._reset_state()  # of other tests in this process
     settings = study.Settings(
         data_root=folder,
         results=tmp_path / "results",

@@ -44,10 +44,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_thread():
+    from accelerate.state import AcceleratorState
+
+    # Accelerate keeps its first precision for the life of the process, that of other tests too.
+    AcceleratorState._reset_state()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    AcceleratorState._reset_state()
 
 
 def tiny(folder, out, **changes):
@@ -336,13 +341,7 @@ def test_every_recipe_trains_on_a_data_set_in_its_layout(name, tmp_path):
 
 
 def test_bf16_trains(folder, tmp_path):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    try:
-        train(tiny(folder, tmp_path, steps=2, precision="bf16"))
-    finally:
-        AcceleratorState._reset_state()
+    train(tiny(folder, tmp_path, steps=2, precision="bf16"))
     assert state_of(tmp_path)["reg"]["regularizer.centroids"].dtype == torch.float32
 
 
