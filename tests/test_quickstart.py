@@ -13,9 +13,6 @@ from torch.testing import assert_close
 
 import mvsc
 
-# The chain of schedulers in torch 2.6 warns of its own call.
-pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step()`")
-
 
 @pytest.fixture(scope="module")
 def quickstart():
