@@ -122,6 +122,17 @@ BUGS = [
     ("integrations/transformers", "            optimizer.add_param_group(reg.param_group())\n", "            pass\n", "the Trainer's optimizer does not get the centroids"),
     ("integrations/transformers", "        self.reg.zero_grad()", "        pass", "the Trainer's steps add the centroids' gradients up"),
     ("integrations/transformers", "        self.reg.load_state_dict(torch.load(file, weights_only=True))", "        pass", "a resumed Trainer starts with new centroids"),
+    ("diagnostics", " - unit.square().sum(dim=(0, 2))", "", "a group is compared with itself"),
+    ("diagnostics", "_mean_where(own > others, present)", "_mean_where(own >= others, present)", "a tie is a hit"),
+    ("diagnostics", "~(in_batch & _different(present))", "~_different(present)", "absent classes compete for the accuracy"),
+    ("diagnostics", "pairs = present.unsqueeze(-1) & present & _different(present)", "pairs = present.unsqueeze(-1) & present", "a class lies apart from itself"),
+    ("diagnostics", "F.normalize(_wide(features), dim=1)", "_wide(features)", "directions not scaled to length 1"),
+    ("diagnostics", "older = torch.cat([ages + 1,", "older = torch.cat([ages.add_(1),", "the caller's ages change"),
+    ("diagnostics", "cosines.clamp(-1, 1)  # Rounding", "cosines  # Rounding", "a cosine above 1"),
+    ("diagnostics", "torch.where(mask, _wide(values), 0).sum()", "(mask * _wide(values)).sum()", "NaN where nothing was measured reaches the mean"),
+    ("diagnostics", "return total / mask.sum()", "return total / mask.sum().clamp_min(1)", "0 for what was not measured"),
+    ("diagnostics", "with torch.autocast(rows.device.type, enabled=False):", "if True:", "autocast inside the diagnostics"),
+    ("diagnostics", "cells = draw_groups(grid, groups, num_classes, grid.new_zeros(()))", "cells = draw_groups(grid, groups, num_classes, torch.randint_like(grid[0, 0, 0], 99))", "the diagnostics' split changes from call to call"),
 ]  # fmt: skip
 
 

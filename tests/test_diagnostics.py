@@ -179,7 +179,9 @@ def test_ages_count_the_steps_since_a_class_was_seen(data):
     steps = data.draw(st.lists(labels, max_size=6))
     ages = torch.zeros(num_classes, dtype=torch.int64)
     for seen in steps:
-        ages = diagnostics.class_ages(ages, torch.tensor(seen).reshape(1, 1, -1))
+        before = ages.clone()
+        older, ages = ages, diagnostics.class_ages(ages, torch.tensor(seen).reshape(1, 1, -1))
+        assert torch.equal(older, before)
     for c in range(num_classes):
         since = [age for age, seen in enumerate(reversed(steps)) if c in seen]
         assert ages[c] == (since[0] if since else len(steps))
