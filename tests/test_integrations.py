@@ -109,6 +109,8 @@ def test_every_example_is_run():
 @pytest.mark.filterwarnings("ignore")
 def test_the_recipe_for_query_models_trains_the_other_ones_too(matrix, model, width, inputs):
     pytest.importorskip("transformers")
+    if model == "OneFormer" and version("transformers").split(".")[:2] < ["5", "24"]:
+        pytest.skip("Older ones ask for texts whenever there are labels.")
     recipe = load(ROOT / "examples" / "integrations" / "query_models.py")
     recipe.CLASSES = matrix.CLASSES
     (case,) = (case for case in matrix.transformers() if case.model == model)
