@@ -143,17 +143,23 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         log = {"step": [1, 2], "group_similarity": [0.1, 0.9]} if arm == "mvsc" else {"step": [1]}
         rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
-        about = {"steps": 2, "batch_size": 8, "size": [160, 120]}
+        about = {"steps": 2, "batch_size": 8, "size": [160, 120], "peak_mib": 7.0}
         machine = {"device": "a machine", "torch": "2"}
         path.write_text(json.dumps({"mIoU": miou, "machine": machine, **rest, **about}))
 
     for seed, (plain, ours) in enumerate([(10.0, 11.0), (20.0, 23.0)]):
         keep("ce", seed, plain)
         keep("mvsc", seed, ours)
+        keep("dice", seed, ours)
+        keep("dice+mvsc", seed, ours + 1)
     keep("ce", 2, 99.0)
     text = report.report(tmp_path, ["wall", "floor"])
     assert "| mvsc | 2 | 17.00 ± 8.49 |" in text
     assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
+    assert "| dice+mvsc | 2 | 18.00 ± 8.49 |" in text
+    assert "| +1.00 [+1.00, +1.00] | 7 |" in text
+    assert "mvsc on top of dice: mIoU +1.00 [+1.00, +1.00], mAcc +0.00" in text
+    assert "dice on top of mvsc: mIoU +1.00" in text
     assert "wall +2.0" in text
     assert "0.1000 at step 1" in text
 

@@ -61,7 +61,7 @@ def gain(differences: list[float]) -> str:
 def table(cells: Cells, base: str = "ce") -> str:
     """One row an arm; cross-entropy first, the others by their gain in mIoU."""
     gains = [f"gain in {title} [95 %]" for title in SCORES.values()]
-    head = ["arm", "seeds", *SCORES.values(), *gains]
+    head = ["arm", "seeds", *SCORES.values(), *gains, "mIoU against mvsc [95 %]", "peak MiB"]
     order = sorted(
         cells,
         key=lambda arm: (arm != base, -statistics.mean(paired(cells, arm, base, "mIoU") or [-99])),
@@ -70,10 +70,24 @@ def table(cells: Cells, base: str = "ce") -> str:
     for arm in order:
         runs = cells[arm].values()
         row = [arm, str(len(runs)), *(spread([run[name] for run in runs]) for name in SCORES)]
-        if arm != base:
-            row += [gain(paired(cells, arm, base, name)) for name in SCORES]
-        lines.append("| " + " | ".join(row + [""] * (len(head) - len(row))) + " |")
+        row += ["" if arm == base else gain(paired(cells, arm, base, name)) for name in SCORES]
+        row += ["" if arm == "mvsc" else gain(paired(cells, arm, "mvsc", "mIoU"))]
+        peak = statistics.median(run["peak_mib"] for run in runs)
+        lines.append("| " + " | ".join([*row, f"{peak:.0f}"]) + " |")
     return "\n".join(lines)
+
+
+def on_top(cells: Cells) -> str:
+    """Tell what MVSC adds to a rival, and the rival to MVSC."""
+    told = []
+    for both in cells:
+        rival, plus, _ = both.partition("+")
+        for base, added in ((rival, "mvsc"), ("mvsc", rival)) if plus else ():
+            gains = {title: paired(cells, both, base, name) for name, title in SCORES.items()}
+            if all(gains.values()):
+                changes = (f"{title} {gain(values)}" for title, values in gains.items())
+                told.append(f"{added} on top of {base}: {', '.join(changes)}.")
+    return "\n\n".join(told)
 
 
 def class_gains(cells: Cells, classes: list[str], arm: str = "mvsc", base: str = "ce") -> str:
@@ -116,6 +130,8 @@ def report(results: Path, classes: list[str] | None) -> str:
             "percent.",
             table(cells),
         ]
+        if above := on_top(cells):
+            parts.append(above)
         if classes and {"ce", "mvsc"} <= set(cells):
             parts.append(f"IoU of classes with MVSC, change: {class_gains(cells, classes)}.")
         if "mvsc" in cells:
