@@ -245,8 +245,11 @@ def evaluate(model: nn.Module, data: Data, batch_size: int, device: torch.device
         "compactness": mvsc.diagnostics.compactness(means, pixels).item(),
         "separation": mvsc.diagnostics.separation(means, pixels).item(),
     }
-    known = [value if value == value else None for value in iou.tolist()]  # JSON has no NaN
-    return Run(scores, known, torch.cat(predictions))
+    return Run(scores, [known(value) for value in iou.tolist()], torch.cat(predictions))
+
+
+def known(value: float) -> float | None:
+    return value if value == value else None  # JSON has no NaN
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -511,7 +514,12 @@ def save(settings: Settings, device: torch.device, data: Data, runs: dict[str, l
         "versions": {package: metadata.version(package) for package in packages},
         "classes": data.classes,
         "runs": [
-            {"arm": arm, "seed": seed, "scores": run.scores, "iou": run.iou}
+            {
+                "arm": arm,
+                "seed": seed,
+                "scores": {name: known(value) for name, value in run.scores.items()},
+                "iou": run.iou,
+            }
             for arm in ARMS
             for seed, run in zip(settings.seeds, runs[arm], strict=True)
         ],

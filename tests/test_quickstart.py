@@ -154,6 +154,15 @@ def test_a_folder_of_images_is_trained_on(quickstart, folder, tmp_path):
     assert results["classes"] == ["sky", "road", "car"]
 
 
+def test_what_a_single_class_leaves_unmeasured_is_null(quickstart, folder, tmp_path):
+    for path in folder.glob("labels/*/*.png"):
+        Image.fromarray(np.zeros_like(label(), dtype=np.uint8)).save(path)
+    quickstart.main(tiny(quickstart, tmp_path / "out", data=folder))
+    text = (tmp_path / "out" / "results.json").read_text()
+    results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [run["scores"]["separation"] for run in results["runs"]] == [None, None]
+
+
 @pytest.mark.parametrize("mode", ["P", "L", "I;16"])
 def test_every_mode_of_label_gives_its_stored_indices(quickstart, folder, mode):
     indices = label()
