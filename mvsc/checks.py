@@ -25,9 +25,11 @@ def check_int(name: str, value: object) -> int:
 
 
 def check_temperature(value: object) -> None:
-    """Raise unless ``value`` is a finite number above 0."""
-    if _number("temperature", value) <= 0:
-        raise ValueError(f"temperature must be above 0, got {value}. The paper's value is 0.07.")
+    """Raise unless ``value`` is a finite number that float32 can divide a cosine by."""
+    if _number("temperature", value) < 1e-30:
+        raise ValueError(
+            f"temperature must be at least 1e-30, got {value}. The paper's value is 0.07."
+        )
 
 
 def check_weight(name: str, value: object) -> None:

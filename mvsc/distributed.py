@@ -18,8 +18,18 @@ def rank(group: Any = None) -> int:
 
 
 def world_size(group: Any = None) -> int:
-    """Return the number of processes in ``group``; 1 without a process group."""
-    return dist.get_world_size(group) if _running() else 1
+    """Return the number of processes in ``group``; 1 without a process group.
+
+    Raises:
+        ValueError: if this process is not in the group: it would get another's part, negated.
+    """
+    size = dist.get_world_size(group) if _running() else 1
+    if size < 1:
+        raise ValueError(
+            "process_group must hold this process, got a group of others. Call the regularizer on "
+            "the group's processes only, or give each process the group that it is in."
+        )
+    return size
 
 
 def average_gradient(parameter: Tensor, group: Any = None) -> Tensor:
@@ -44,6 +54,18 @@ def sum_over_processes(tensor: Tensor, group: Any = None) -> Tensor:
         return tensor
     total: Tensor = _Sum.apply(tensor, group)
     return total
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Shard ``tensor`` as FSDP2 has sharded ``parameter``, if it has; every process takes part."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = parameter
+    whole = tensor.to(parameter.device)
+    placed: Tensor = distribute_tensor(whole, sharded.device_mesh, sharded.placements)
+    return placed
 
 
 def assert_in_sync(regularizer: nn.Module) -> None:
@@ -71,12 +93,17 @@ def assert_in_sync(regularizer: nn.Module) -> None:
         copies = [torch.empty_like(tensor) for _ in range(world_size(group))]
         dist.all_gather(copies, tensor.contiguous(), group=group)
         for other, copied in enumerate(copies):
-            if not torch.equal(copied, copies[0]):
+            # Bit by bit: a NaN is equal to itself.
+            if not torch.equal(_bits(copied), _bits(copies[0])):
                 raise RuntimeError(
                     f"{name} must be equal on every process, got ranks 0 and {other} that differ. "
                     'Build the regularizer with the same seed everywhere, keep sync="auto", and '
                     "call it equally often on every process."
                 )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.flatten().view(torch.uint8)
 
 
 def _running() -> bool:

@@ -87,7 +87,7 @@ def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature:
             ``(num_classes, dim)``, or V itself, shape ``(groups, num_classes, dim)``, to align
             each mean to the centroid of its own group (R3).
         present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
-        temperature: tau, above 0.
+        temperature: tau, at least 1e-30.
 
     Returns:
         Scalar, in nats, at least 0; 0 with zero gradients when nothing is present.

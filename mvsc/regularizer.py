@@ -37,7 +37,7 @@ class MVSCRegularizer(nn.Module):
         num_classes: C, at least 1.
         dim: D, the width of the features that enter the classifier, at least 1.
         groups: G, the number of centroids of each class, at least 1. The paper's best is 4.
-        temperature: tau of Eq. (2), above 0.
+        temperature: tau of Eq. (2), at least 1e-30.
         align_weight: lambda_f of Eq. (2), at least 0. A weight of 0 skips the term's work.
         pull_weight: lambda_c of Eq. (3).
         classify_weight: lambda_v of L_v.
@@ -133,7 +133,7 @@ class MVSCRegularizer(nn.Module):
         self.register_buffer("invalid_count", torch.zeros((), dtype=torch.int64), persistent=False)
         self._checks_left = _STEPS_CHECKED_ON_DEVICE
         self._classifier_warned = False
-        self._idle_steps = 0
+        self._idle_steps, self._idle_warned = 0, False
         self._version_seen = 0
         self.reset_parameters()
 
@@ -144,6 +144,7 @@ class MVSCRegularizer(nn.Module):
         generator = torch.Generator(device="cpu").manual_seed(self.seed % 2**64)
         drawn = torch.empty(self.centroids.shape, device="cpu", dtype=torch.float32)
         drawn.normal_(std=(2 / self.dim) ** 0.5, generator=generator)
+        drawn = distributed.shard_like(drawn, self.centroids)
         with torch.no_grad():
             self.centroids.copy_(drawn)
             self.step.zero_()
@@ -288,6 +289,7 @@ class MVSCRegularizer(nn.Module):
                 sums = distributed.sum_over_processes(sums, self.process_group)
                 counts = distributed.sum_over_processes(counts, self.process_group)
             means, present = equations.class_group_means(sums, counts, self.groups)
+            means = means.to(align.dtype)
 
         if align_weight:
             to_group = self.align_to == "group"
@@ -344,13 +346,14 @@ class MVSCRegularizer(nn.Module):
 
         A replay that drew another split would silently give wrong gradients.
         """
-        compiling = torch.compiler.is_compiling()
-        # The same signal FSDP2 uses: -1 outside of any backward.
-        replaying = not compiling and torch._C._current_graph_task_id() != -1
-        if self.training and not replaying:
+        if not self.training:
+            return
+        if torch.compiler.is_compiling():
+            # Whether a backward replays is known when the graph runs, not when it is traced.
+            _count_step(self.step)
+        elif not _replaying():
             self.step += 1
-            if not compiling:
-                self._notice_idle_centroids()
+            self._notice_idle_centroids()
 
     def _notice_idle_centroids(self) -> None:
         """Warn once if no optimizer moves the centroids, though they have a gradient."""
@@ -360,11 +363,14 @@ class MVSCRegularizer(nn.Module):
         idle = self.centroids.grad is not None and version == self._version_seen
         self._idle_steps = self._idle_steps + 1 if idle else 0
         self._version_seen = version
-        if self._idle_steps == _IDLE_STEPS:
+        if self._idle_steps == _IDLE_STEPS and not self._idle_warned:
+            self._idle_warned = True
             checks.warn_of_idle_centroids(_IDLE_STEPS)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
-        return torch.promote_types(features.dtype, self.centroids.dtype)
+        # FSDP2's mixed precision hands out the centroids in half precision, too.
+        common = torch.promote_types(features.dtype, self.centroids.dtype)
+        return torch.promote_types(common, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MVSCRegularizer":
         """Move as any module, but keep the centroids in float32 at least.
@@ -372,16 +378,27 @@ class MVSCRegularizer(nn.Module):
         In half precision an optimizer's step is smaller than the rounding of the centroids,
         and they would stand still.
         """
-        kept = self.centroids.data
+        kept, grad = self.centroids.data, self.centroids.grad
+        kept_grad = None if grad is None else grad.data
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.centroids.data
         if _is_half(moved):
             self.centroids.data = kept.to(moved.device)
+            if kept_grad is not None:
+                self.centroids.grad = kept_grad.to(moved.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as any module, but a state in half precision as float32, with assign=True too."""
-        super()._load_from_state_dict(*args)
+        step = state_dict.get(f"{prefix}step")
+        if isinstance(step, Tensor) and step.is_floating_point():
+            errors: list[str] = args[-1]
+            errors.append(
+                f"{prefix}step must be an integer, got {step.dtype}, which has lost its digits. "
+                "Cast the floating tensors of a state alone."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
 
@@ -391,6 +408,22 @@ class MVSCRegularizer(nn.Module):
         memo[id(self)] = copied = self.__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def _replaying() -> bool:
+    """Tell whether a backward runs: the signal that FSDP2 uses, too."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("mvsc::count_step", mutates_args=("step",))
+def _count_step(step: Tensor) -> None:
+    if not _replaying():
+        step += 1
+
+
+@_count_step.register_fake
+def _(step: Tensor) -> None:
+    """Nothing has another shape afterwards."""
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -75,8 +75,8 @@ BUGS = [
     ("sampling", "(flat << 32) | _mix(_mix(pixels ^ key) ^ key)", "(flat << 32) | torch.randint_like(flat, 2**32)", "global random numbers"),
     ("sampling", "for word in (seed, seed >> 32, rank):", "for word in (seed, seed >> 32):", "every process splits alike"),
     ("sampling", " ^ ((step >> 32) & _MASK)", "", "steps repeat after 2^32"),
-    ("regularizer", "if self.training and not replaying:", "if self.training:", "a checkpointed backward draws anew"),
-    ("regularizer", "if self.training and not replaying:", "if not replaying:", "evaluation counts as a step"),
+    ("regularizer", "        elif not _replaying():", "        else:", "a checkpointed backward draws anew"),
+    ("regularizer", "        if not self.training:\n            return\n", "", "evaluation counts as a step"),
     ("regularizer", "        self._check(features, labels, classifier)\n        self._advance()", "        self._advance()\n        self._check(features, labels, classifier)", "a failed call counts as a step"),
     ("regularizer", "drawn.normal_(std=(2 / self.dim) ** 0.5, generator=generator)", "drawn.normal_(std=(2 / self.dim) ** 0.5)", "initial centroids from the global generator"),
     ("regularizer", "self.centroids.data = kept.to(moved.device)", "self.centroids.data = moved.float()", "centroids rounded by half()"),
@@ -133,6 +133,15 @@ BUGS = [
     ("diagnostics", "return total / mask.sum()", "return total / mask.sum().clamp_min(1)", "0 for what was not measured"),
     ("diagnostics", "with torch.autocast(rows.device.type, enabled=False):", "if True:", "autocast inside the diagnostics"),
     ("diagnostics", "cells = draw_groups(grid, groups, num_classes, grid.new_zeros(()))", "cells = draw_groups(grid, groups, num_classes, torch.randint_like(grid[0, 0, 0], 99))", "the diagnostics' split changes from call to call"),
+    ("regularizer", "    if not _replaying():\n        step += 1", "    step += 1", "a checkpointed backward of a compiled regularizer draws anew"),
+    ("regularizer", "        return torch.promote_types(common, torch.float32)", "        return common", "centroids that come in half precision are computed with as such"),
+    ("regularizer", "            means = means.to(align.dtype)\n", "", "means narrower than the centroids"),
+    ("regularizer", "            if kept_grad is not None:\n", "            if False:\n", "a gradient rounded by half()"),
+    ("regularizer", "and not self._idle_warned:", "and True:", "forgotten centroids are noticed again and again"),
+    ("regularizer", "            errors.append(", "            str(", "a step that lost its digits is loaded"),
+    ("distributed", "    if size < 1:", "    if False:", "a process outside the group gets its gradient negated"),
+    ("distributed", "if not torch.equal(_bits(copied), _bits(copies[0])):", "if not torch.equal(copied, copies[0]):", "NaN in every process is taken for drift"),
+    ("distributed", "    if not hasattr(parameter, \"device_mesh\"):", "    if True:", "the initial centroids of a shard are those of the whole"),
 ]  # fmt: skip
 
 

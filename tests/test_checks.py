@@ -29,7 +29,9 @@ def test_sizes_are_positive_whole_numbers(name):
 
 def test_the_temperature_is_above_zero():
     for value in (0, -0.1):
-        with pytest.raises(ValueError, match=f"temperature must be above 0, got {value}. The pap"):
+        with pytest.raises(
+            ValueError, match=f"temperature must be at least 1e-30, got {value}. The pap"
+        ):
             MVSCRegularizer(5, 6, temperature=value)
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be finite"):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -37,7 +37,7 @@ WIRINGS = {
 FSDP2_ON_CPU = torch.__version__ >= "2.7"
 if FSDP2_ON_CPU:
     WIRINGS |= {"FSDP2": {}, "FSDP2 child": {}, "FSDP2 inside": {}}
-BY_THREE = [wiring for wiring in ("bare", "FSDP2") if wiring in WIRINGS]
+BY_THREE = [wiring for wiring in WIRINGS if wiring not in ("tiny buckets", "clipped")]
 PROCESSES = Path(__file__).parents[1] / "docs" / "processes.md"
 
 
@@ -204,6 +204,45 @@ def sharded_kernel():
     return "accepted"
 
 
+def outside(group):
+    """Return the message for a process that is not in the regularizer's group."""
+    reg = MVSCRegularizer(CLASSES, DIM, process_group=group)
+    features, labels = torch.zeros(1, DIM, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    try:
+        reg(features, labels, nn.Conv2d(DIM, CLASSES, 1))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def nowhere():
+    """Return what the check says of centroids that are NaN on every process."""
+    reg = MVSCRegularizer(CLASSES, DIM)
+    nn.init.constant_(reg.centroids, torch.nan)
+    return in_sync(reg)
+
+
+def reset_from_meta():
+    """Return the first centroids of a regularizer that was sharded before it had any memory."""
+    with torch.device("meta"):
+        reg = MVSCRegularizer(CLASSES, DIM, GROUPS)
+    fully_shard(reg, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    reg.to_empty(device="cpu").reset_parameters()
+    return whole(reg.parameters())[0]
+
+
+def in_mixed_precision(rank):
+    """Return the loss of a regularizer inside FSDP2's mixed precision, and its gradient."""
+    model, reg = make()
+    model.float().reg = reg.float()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    images, labels = batch(rank, 0)
+    logits, loss = model(images.float(), labels)
+    (loss + 0 * logits.float().sum()).backward()
+    return loss.detach(), reg.centroids.grad.full_tensor()
+
+
 def work(rank, folder, world, wirings):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
@@ -225,6 +264,8 @@ def work(rank, folder, world, wirings):
                 "pair, global means": gradients(rank // 2, group=pair, sync_means=True),
                 "pair, drifted": drifted(rank, pair),
             }
+        else:
+            results["outside"] = outside(pair)
     if world == 2:
         results |= {
             "initial": MVSCRegularizer(CLASSES, DIM).centroids.detach().clone(),
@@ -238,7 +279,13 @@ def work(rank, folder, world, wirings):
             "counted": counted(rank),
             "in sync": in_sync(MVSCRegularizer(CLASSES, DIM)),
             "drifted": drifted(rank),
-            "sharded kernel": sharded_kernel() if FSDP2_ON_CPU else "",
+            "nowhere": nowhere(),
+        }
+    if world == 2 and FSDP2_ON_CPU:
+        results |= {
+            "sharded kernel": sharded_kernel(),
+            "reset from meta": reset_from_meta(),
+            "mixed precision": in_mixed_precision(rank),
         }
     torch.save(results, f"{folder}/{rank}.pt")
     if torch.__version__ < "2.7":
@@ -391,6 +438,10 @@ def test_two_of_three_processes_are_as_two(two, three):
         assert "got ranks 0 and 1 that differ" in three[rank]["pair, drifted"]
 
 
+def test_a_process_outside_the_group_is_refused_by_name(three):
+    assert three[1]["outside"].startswith("process_group must hold this process, got")
+
+
 def test_a_copy_communicates_in_the_group_of_the_original(two):
     assert two[0]["copied"]
 
@@ -421,7 +472,30 @@ def test_drifted_centroids_are_found(two):
         assert "centroids must be equal on every process, got ranks 0 and 1" in result["drifted"]
 
 
-@pytest.mark.skipif(not FSDP2_ON_CPU, reason="torch 2.6 shards on devices only")
+def test_nan_on_every_process_is_in_sync(two):
+    assert [result["nowhere"] for result in two] == ["in sync", "in sync"]
+
+
+SHARDED = pytest.mark.skipif(not FSDP2_ON_CPU, reason="torch 2.6 shards on devices only")
+
+
+@SHARDED
+def test_a_regularizer_that_was_sharded_without_memory_gets_its_first_centroids(two):
+    for result in two:
+        expected = MVSCRegularizer(CLASSES, DIM, GROUPS).centroids.detach()
+        assert_close(result["reset from meta"], expected, rtol=0, atol=0)
+
+
+@SHARDED
+def test_in_mixed_precision_of_fsdp2_the_loss_and_the_gradient_stay_float32(two):
+    (value, gradient), (_, other) = (result["mixed precision"] for result in two)
+    assert value.dtype == gradient.dtype == torch.float32
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+    assert_close(gradient, other, rtol=0, atol=0)
+
+
+@SHARDED
 def test_a_large_kernel_that_is_sharded_on_its_own_is_refused(two):
     message = two[0]["sharded kernel"]
     assert message.startswith("classifier must not be sharded on its own")

@@ -332,15 +332,18 @@ def test_reset_parameters_brings_the_first_state_back_also_from_the_meta_device(
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_gives_the_same_gradients(reentrant):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant, compiled):
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
         step = example()
         step.reg.seed = 3
 
-        def loss(features, step=step):
-            return step.reg(features, step.labels, step.classifier)
+        reg = torch.compile(step.reg, backend="aot_eager", fullgraph=True) if compiled else step.reg
+
+        def loss(features, step=step, reg=reg):
+            return reg(features, step.labels, step.classifier)
 
         if checkpointed:
             value = checkpoint(loss, step.features, use_reentrant=reentrant)
@@ -348,6 +351,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant):
             value = loss(step.features)
         value.backward()
         results.append((step.features.grad, step.reg.centroids.grad, step.reg.step))
+    assert results[1][2] == 1
     assert_close(results[1], results[0], rtol=0, atol=0)
 
 
@@ -365,8 +369,10 @@ def test_centroids_that_no_optimizer_knows_are_noticed_once():
     step = example()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(250):
+        for number in range(500):
             step.loss().backward()
+            if number == 250:
+                step.reg.zero_grad()
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 1
     assert "optimizer.add_param_group(reg.param_group())" in messages[0]
@@ -403,6 +409,41 @@ def test_centroids_are_float32_under_another_default_dtype():
         assert MVSCRegularizer(5, 6).centroids.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_gradient_keeps_float32_too_and_an_optimizer_can_use_it(cast):
+    step = example()
+    step.loss().backward()
+    twin = copy.deepcopy(step.reg)
+    twin.centroids.grad = step.reg.centroids.grad.clone()
+    getattr(step.reg, cast)()
+    assert_close(step.reg.centroids.grad, twin.centroids.grad, rtol=0, atol=0)
+    for reg in (step.reg, twin):
+        torch.optim.AdamW([reg.param_group()], lr=1e-2).step()
+    assert_close(step.reg.centroids, twin.centroids, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_features_and_centroids_of_any_two_dtypes_meet_in_the_wider(narrow, wide):
+    step = example()
+    features = step.features.detach().to(narrow).requires_grad_()
+    step.reg.to(wide)
+    loss = step.reg(features, step.labels, step.classifier)
+    loss.backward()
+    assert loss.dtype == torch.promote_types(torch.promote_types(narrow, wide), torch.float32)
+    assert features.grad.dtype == narrow
+    assert step.reg.centroids.grad.dtype == wide
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e-10, 1e10])
+def test_the_loss_is_finite_at_the_edges_of_the_temperature(value):
+    step = example(temperature=value)
+    loss = step.loss()
+    loss.backward()
+    found = (loss, step.features.grad, step.reg.centroids.grad)
+    assert all(tensor.isfinite().all() for tensor in found)
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["by its weights", "called"])

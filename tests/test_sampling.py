@@ -55,6 +55,8 @@ def test_every_integer_dtype_gives_the_same_grid(dtype, ignore_index):
     # uint8 == -100 is true for class 156, uint8 == 256 for class 0, unless labels are widened.
     top = 120 if dtype == torch.int8 else 200
     labels = torch.arange(top).reshape(1, 10, -1)
+    if torch.iinfo(dtype).min <= ignore_index <= torch.iinfo(dtype).max:
+        labels[:, ::3] = ignore_index
     grid = labels_on_grid(labels.to(dtype), (10, labels.shape[2]), top, ignore_index)
     expected = torch.where(labels == ignore_index, top, labels)
     assert_close(grid, expected)

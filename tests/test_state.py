@@ -304,6 +304,17 @@ def test_ten_million_pixels_of_one_class_have_the_loss_of_their_means():
     assert_close(total, few.grad.double().sum((0, 2, 3)), rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_step_that_has_lost_its_digits_is_refused(assign):
+    reg = MVSCRegularizer(CLASSES, DIM, GROUPS)
+    reg.step += 70_000
+    before = {name: value.clone() for name, value in reg.state_dict().items()}
+    half = {name: value.half() for name, value in before.items()}
+    with pytest.raises(RuntimeError, match="step must be an integer, got torch.float16"):
+        reg.load_state_dict(half, assign=assign)
+    assert_close(dict(reg.state_dict()), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e15])
 def test_degenerate_features_and_centroids_have_finite_loss_and_gradients(value):
     reg, classifier = MVSCRegularizer(CLASSES, DIM, GROUPS), head()
