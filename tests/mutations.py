@@ -92,7 +92,7 @@ BUGS = [
     ("regularizer", "dim, dtype=torch.float32)", "dim)", "centroids in the default dtype"),
     ("regularizer", "persistent=False", "persistent=True", "a new key in the state"),
     ("regularizer", "vectors.to(dtype)[:, :, None, None] if as_map", "vectors[:, :, None, None] if as_map", "V' not cast for a half-precision classifier"),
-    ("regularizer", "if self._idle_steps == _IDLE_STEPS:", "if False:", "forgotten centroids go unnoticed"),
+    ("regularizer", "if self._idle_steps == _IDLE_STEPS and", "if False and", "forgotten centroids go unnoticed"),
     ("distributed", "_all_reduce(grad, ctx.group) / dist.get_world_size(ctx.group), None", "_all_reduce(grad, ctx.group), None", "sum for mean over processes"),
     ("distributed", "        return _all_reduce(grad, ctx.group), None", "        return grad, None", "the encoder's gradient shrinks by the number of processes"),
     ("checks", "labels = labels.long()  # Before", "labels = labels  # Before", "uint8 comparison in the check"),

@@ -334,6 +334,7 @@ def test_reset_parameters_brings_the_first_state_back_also_from_the_meta_device(
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(reentrant, compiled):
+    torch.compiler.reset()
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
