@@ -164,7 +164,7 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     assert "0.1000 at step 1" in text
 
 
-@pytest.mark.parametrize("head", ["segformer"])
+@pytest.mark.parametrize("head", study.HEADS)
 def test_the_readme_has_the_numbers_that_were_kept(head):
     cells = report.load(report.RESULTS)["short", head]
     readme = (ROOT / "README.md").read_text("utf-8").replace("\N{MINUS SIGN}", "-")

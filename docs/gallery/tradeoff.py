@@ -1,0 +1,30 @@
+"""What each arm gains in mIoU, and what that costs in pixel accuracy."""
+
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "effect"))
+import report
+
+runs = report.load(report.RESULTS)
+figure = Figure((9, 4.2), layout="constrained")
+arms = sorted({arm for cells in runs.values() for arm in cells} - {"ce"})
+panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
+for axes, ((schedule, head), cells) in zip(panels, runs.items(), strict=True):
+    axes.set_title(f"{head}, {schedule} schedule")
+    axes.axhline(0, color="0.8")
+    axes.axvline(0, color="0.8")
+    axes.margins(0.15)
+    for number, arm in enumerate(arms):
+        color = f"C{number % 10}"
+        cost, gain = (report.paired(cells, arm, "ce", score) for score in ("aAcc", "mIoU"))
+        if gain:
+            mean = statistics.mean(cost), statistics.mean(gain)
+            axes.plot(cost, gain, ".", color=color, alpha=0.5)
+            axes.plot(*mean, "o", color=color)
+            axes.annotate(arm, mean, (0, 7), textcoords="offset points", ha="center")
+    axes.set_xlabel("change of pixel accuracy")
+panels[0].set_ylabel("change of mIoU")
