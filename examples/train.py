@@ -263,6 +263,8 @@ class Run:
                 )
             if self.state.exists():
                 step = self._load()
+        # Not before all have looked: what the first one writes would be a run already.
+        self.accelerator.wait_for_everyone()
         if self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
