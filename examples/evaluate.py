@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import IGNORE, SegmentationData, open_split
-from loading import fit, outlive_interruptions
+from loading import fit, outlive_interruptions, reading
 from models import Segmenter, build, logits_of
 from quickstart import pick_device
 from recipes import Recipe
@@ -135,12 +135,15 @@ def evaluate(
     confusion = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE).to(device)
     training = segmenter.model.training
     segmenter.model.eval()
-    for image, label in tqdm(loader, "validating", leave=False, disable=rank > 0, mininterval=1):
-        size = (label.shape[0], label.shape[1])
-        logits = logits_at(segmenter, image.to(device), size, recipe.scale, window, stride)
-        predicted, label = logits.argmax(dim=0), label.to(device).long()
-        confusion.update(predicted[None], label[None])
-        look(predicted, label)
+    with reading(loader) as images:
+        for image, label in tqdm(
+            images, "validating", len(mine), leave=False, disable=rank > 0, mininterval=1
+        ):
+            size = (label.shape[0], label.shape[1])
+            logits = logits_at(segmenter, image.to(device), size, recipe.scale, window, stride)
+            predicted, label = logits.argmax(dim=0), label.to(device).long()
+            confusion.update(predicted[None], label[None])
+            look(predicted, label)
     segmenter.model.train(training)
     return scores(confusion.compute().cpu())
 

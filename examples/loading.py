@@ -7,7 +7,8 @@ same batches, however many processes load them, and a resumed run goes on where 
 import random
 import signal
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,20 @@ def outlive_interruptions(_: int) -> None:
     """Let a loader's process ignore Ctrl-C and SIGTERM, which reach the whole process group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def reading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """Iterate over a loader and end its processes, however the block ends.
+
+    An exception that somebody keeps would keep the iterator, and at exit Python would wait for ever
+    for processes that ignore its SIGTERM.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()  # torch has no public name for it
 
 
 def training_batches(

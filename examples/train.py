@@ -34,7 +34,7 @@ from tqdm import tqdm
 import mvsc
 from data import IGNORE, open_split
 from evaluate import evaluate, print_scores
-from loading import key, training_batches
+from loading import key, reading, training_batches
 from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
 from mvsc import diagnostics
 from recipes import FREE, RECIPES, Recipe, check_recipe
@@ -110,9 +110,14 @@ def train(
 
     run = Run(recipe, accelerator, segmenter, reg, optimizer, schedule, list(data.classes))
     step = run.start()
-    batches = iter(training_batches(data, recipe, segmenter.mean, step, rank, processes))
+    loader = training_batches(data, recipe, segmenter.mean, step, rank, processes)
     model.train()
-    with interruption() as interrupted, closing(run), run.progress(step) as bar:
+    with (
+        interruption() as interrupted,
+        closing(run),
+        reading(loader) as batches,
+        run.progress(step) as bar,
+    ):
         while step < recipe.steps:
             try:
                 parts = [next(batches) for _ in range(recipe.accumulate)]

@@ -1,6 +1,7 @@
 """Training by recipe: what is written, that it resumes exactly, and that both arms are paired."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -224,8 +225,11 @@ def test_a_truncated_image_is_named_and_everything_before_it_is_saved(tmp_path):
     recipe = tiny(root, tmp_path / "run", batch_size=1, workers=1, crop=(64, 64))
     order = [draw.index for draws in loading.Batches(4, 1, 0, 4, recipe.seed) for draw in draws]
     broken.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=broken.name):
+    with pytest.raises(ValueError, match=broken.name) as kept:
         train(recipe)
+    # Also while the exception is kept; at exit Python would wait for them for ever.
+    assert multiprocessing.active_children() == []
+    assert kept.traceback
     assert state_of(recipe.out)["step"] == order.index(2)
     broken.write_bytes(whole)
     train(replace(recipe, resume=True))
