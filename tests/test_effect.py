@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+import mvsc
 import tiny_data
 
 pytest.importorskip("pytorch_metric_learning")
@@ -84,6 +85,35 @@ def test_class_means_are_classified_as_by_hand():
     rival = arms.ClassMeans(2, 2, 1.0)
     loss = rival.terms(features, torch.tensor([[[0, 0, 1]]]), classifier).rival
     torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
+
+
+def test_whole_images_are_dealt_evenly_to_the_groups():
+    reg = mvsc.MVSCRegularizer(num_classes=3, dim=2, groups=4)
+    grid = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)
+    seen = set()
+    for step in range(5):
+        reg.step.fill_(step)
+        group, label = arms.by_image(reg, torch.zeros(8, 2, 2, 4), grid), grid
+        assert torch.equal((group == 12), label == 3)
+        assert torch.equal((group % 3)[label < 3], label[label < 3])
+        of_image = group[:, 0, 0] // 3
+        assert torch.equal(
+            (group // 3)[label < 3], of_image[:, None, None].expand(8, 2, 3).flatten()
+        )
+        assert torch.bincount(of_image).tolist() == [2, 2, 2, 2]
+        seen.add(tuple(of_image.tolist()))
+    assert len(seen) > 1
+
+
+def test_the_hardest_pixels_of_a_class_come_first():
+    reg = mvsc.MVSCRegularizer(num_classes=2, dim=2, groups=2)
+    with torch.no_grad():
+        reg.centroids.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).expand(2, 2, 2))
+    angle = torch.tensor([0.1, 3.0, 1.0, 0.2, 2.0, 0.5, 0.0])
+    features = torch.stack([angle.cos(), angle.sin()])[None, :, None]
+    grid = torch.tensor([[[0, 0, 0, 0, 1, 1, 2]]])
+    # Angles from class 0: .1 and .2 are near, 1 and 3 far; from class 1: 2 is nearer than .5.
+    assert arms.by_difficulty(reg, features, grid).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
 
 
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():

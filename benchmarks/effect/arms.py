@@ -6,6 +6,7 @@ face of MVSCRegularizer, so that the same tap feeds them. A strength follows the
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import segmentation_models_pytorch as smp
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 import mvsc
 from data import IGNORE, SegmentationData
+from mvsc import MVSCRegularizer
 from mvsc.equations import centroid_classification_loss
 from mvsc.finding import find_classifier
-from mvsc.sampling import labels_on_grid
+from mvsc.sampling import draw_halves, labels_on_grid, stream_key
 from recipes import Recipe
 from train import Attach, Criterion, attach, cross_entropy
 
@@ -31,6 +33,7 @@ class Arm:
     reg: dict[str, Any] = field(default_factory=dict)
     criterion: Callable[[float, SegmentationData], Criterion] | None = None
     rival: Callable[[int, int, float], nn.Module] | None = None
+    split: Callable[[MVSCRegularizer, Tensor, Tensor], Tensor] | None = None
     strength: float = 1.0
 
 
@@ -95,7 +98,7 @@ class Centre(Rival):
     def __init__(self, num_classes: int, dim: int, strength: float) -> None:
         super().__init__(num_classes, strength)
         # As MVSC's centroids, from a stream of its own: both arms keep their random numbers.
-        drawn = mvsc.MVSCRegularizer(num_classes, dim, 1).centroids.detach()[0]
+        drawn = MVSCRegularizer(num_classes, dim, 1).centroids.detach()[0]
         self.centres = nn.Parameter(F.normalize(drawn, dim=1))
 
     def loss(self, features: Tensor, grid: Tensor, classifier: nn.Module) -> Tensor:
@@ -117,6 +120,31 @@ class ClassMeans(Rival):
         return centroid_classification_loss(
             means[None], (counts > 0)[None], lambda v: F.linear(v, weight, classifier.bias)
         )
+
+
+def by_image(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
+    """Deal whole images to the groups, so that the means of a class differ as images do."""
+    order = draw_halves(len(grid), stream_key(reg.seed, reg.step))
+    return cells(reg, order[:, None, None] % reg.groups, grid)
+
+
+def by_difficulty(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
+    """Deal each class's pixels by their cosine to its centroid: the hardest to the first group."""
+    with torch.no_grad():
+        centroids = F.normalize(reg.centroids.mean(dim=0), dim=1)
+        own = F.embedding(grid.clamp_max(reg.num_classes - 1), centroids).movedim(3, 1)
+        cosine = F.cosine_similarity(features.float(), own)
+    flat = grid.flatten()
+    order = (flat + 0.5 + 0.49 * cosine.flatten().double()).argsort()
+    sizes = torch.bincount(flat, minlength=reg.num_classes + 1)
+    place = torch.arange(len(flat)) - (sizes.cumsum(0) - sizes)[flat[order]]
+    group = torch.empty_like(flat).scatter(0, order, place * reg.groups // sizes[flat[order]])
+    return cells(reg, group.view_as(grid), grid)
+
+
+def cells(reg: MVSCRegularizer, group: Tensor, grid: Tensor) -> Tensor:
+    cell = group * reg.num_classes + grid
+    return torch.where(grid < reg.num_classes, cell, reg.groups * reg.num_classes)
 
 
 def balanced(strength: float, data: SegmentationData) -> Criterion:
@@ -169,6 +197,10 @@ ARMS: dict[str, Arm] = {
     "own-group": Arm(reg={"align_to": "group"}),
     "own-group-without-eq3": Arm(reg={"align_to": "group", "pull_weight": 0.0}),
     "swapped-weights": Arm(reg={"align_weight": 0.05, "classify_weight": 0.1}),
+    # Other ways to split a class than at random.
+    "by-image": Arm(split=by_image),
+    "by-image-8": Arm(split=by_image, reg={"groups": 8}),
+    "by-difficulty": Arm(split=by_difficulty),
     # How strong should it be?
     "mvsc-double": Arm(reg={"align_weight": 0.2, "classify_weight": 0.1}),
     "mvsc-fourfold": Arm(reg={"align_weight": 0.4, "classify_weight": 0.2}),
@@ -205,7 +237,16 @@ def ingredients(
     """Return what train.train needs for an arm."""
     recipe = replace(recipe, mvsc=arm.mvsc, reg=replace(recipe.reg, **arm.reg))
     criterion = arm.criterion(arm.strength, data) if arm.criterion else cross_entropy
-    rival = arm.rival
+    rival, split = arm.rival, arm.split
+    if split is not None:
+
+        def attach_split(model: nn.Module, recipe: Recipe) -> Any:
+            attached = attach(model, recipe)
+            reg = attached.regularizer
+            reg._split = partial(split, reg)
+            return attached
+
+        return recipe, criterion, attach_split
     if rival is None:
         return recipe, criterion, attach
 

@@ -22,13 +22,12 @@ import sys
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 HERE = Path(__file__).parent
 for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
@@ -37,7 +36,7 @@ for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
 import arms  # noqa: E402
 
 from data import IGNORE, SegmentationData, open_split  # noqa: E402
-from evaluate import evaluate, scores  # noqa: E402
+from evaluate import confusion_matrix, evaluate, scores  # noqa: E402
 from measure import machine  # noqa: E402
 from models import Segmenter  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
@@ -45,7 +44,20 @@ from train import read_metrics, train  # noqa: E402
 from weights import write_whole  # noqa: E402
 
 HEADS = {"segformer": "folder-segformer-lite0", "deeplabv3plus": "folder-deeplabv3plus-lite0"}
-SCHEDULES = {"short": 1188, "long": 4752}  # 12 and 48 epochs of 795 images, batch 8
+
+
+class Schedule(NamedTuple):
+    """How long, and on images of which longer and shorter side."""
+
+    steps: int
+    size: tuple[int, int]
+
+
+SCHEDULES = {  # 4, 12 and 48 epochs of 795 images, batch 8
+    "quick": Schedule(396, (128, 96)),
+    "short": Schedule(1188, (160, 120)),
+    "long": Schedule(4752, (160, 120)),
+}
 BAND = 5  # pixels from a border between two labels
 
 
@@ -56,15 +68,15 @@ class Settings:
     data_root: Path
     """Folder with images/, labels/ and classes.txt."""
     schedules: tuple[str, ...] = ("short",)
-    """short, long."""
+    """quick, short, long."""
     heads: tuple[str, ...] = tuple(HEADS)
     """segformer, deeplabv3plus."""
     arms: tuple[str, ...] = tuple(arms.ARMS)
     """See arms.py; NAME@STRENGTH changes an arm's strength."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each a pair of runs for every arm."""
-    size: tuple[int, int] = (160, 120)
-    """Longer and shorter side of the images in training and evaluation."""
+    size: tuple[int, int] | None = None
+    """Longer and shorter side of the images in training and evaluation; or the schedule's."""
     batch_size: int = 8
     """Images in a step."""
     steps: int | None = None
@@ -121,9 +133,9 @@ def run(settings: Settings, cell: str) -> None:
     """Train, judge and keep one cell."""
     schedule, head, name, seed = cell.split("/")
     kind = "hold_out" if settings.hold_out else "val"
-    steps = settings.steps or SCHEDULES[schedule]
+    steps = settings.steps or SCHEDULES[schedule].steps
+    longer, shorter = size = settings.size or SCHEDULES[schedule].size
     root = held_out(settings) if settings.hold_out else settings.data_root
-    longer, shorter = settings.size
     recipe = replace(
         RECIPES[HEADS[head]][1],
         data_root=root,
@@ -133,7 +145,7 @@ def run(settings: Settings, cell: str) -> None:
         steps=steps,
         warmup=steps // 20,
         batch_size=settings.batch_size,
-        scale=settings.size,
+        scale=size,
         crop=(longer, -(-shorter // 32) * 32),
         workers=settings.workers,
         eval_every=steps,
@@ -150,7 +162,7 @@ def run(settings: Settings, cell: str) -> None:
         "cell": cell,
         "steps": steps,
         "batch_size": settings.batch_size,
-        "size": settings.size,
+        "size": size,
         **found,
         "log": {k: [line[k] for line in lines if k in line] for k in lines[-1]},
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -175,7 +187,7 @@ def judge(
     processes: int = 1,
 ) -> dict[str, Any]:
     """Score all pixels, and those within BAND pixels of a border; in place of evaluate.evaluate."""
-    band = MulticlassConfusionMatrix(len(data.classes), ignore_index=IGNORE).to(device)
+    band = confusion_matrix(len(data.classes)).to(device)
 
     def look(predicted: Tensor, label: Tensor) -> None:
         near = torch.where(near_border(label), label, IGNORE)
@@ -189,10 +201,17 @@ def near_border(label: Tensor) -> Tensor:
     """Mark the pixels within BAND pixels of one with another label, unlabelled ones left out."""
     value = label[None, None].float()
     known = label != IGNORE
-    side = 2 * BAND + 1
-    highest = F.max_pool2d(torch.where(known, value, -1.0), side, 1, BAND)
-    lowest = -F.max_pool2d(torch.where(known, -value, -256.0), side, 1, BAND)
+    highest, lowest = (
+        widest(torch.where(known, value, -1.0)),
+        -widest(torch.where(known, -value, -256.0)),
+    )
     return ((highest != lowest)[0, 0]) & known
+
+
+def widest(value: Tensor) -> Tensor:
+    """Take the maximum over the square of pixels at most BAND away, rows after columns."""
+    side = 2 * BAND + 1
+    return F.max_pool2d(F.max_pool2d(value, (side, 1), 1, (BAND, 0)), (1, side), 1, (0, BAND))
 
 
 def held_out(settings: Settings) -> Path:
