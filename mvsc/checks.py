@@ -79,6 +79,8 @@ def check_labels(labels: object, features: Tensor | None = None) -> Tensor:
         remedy = "Pass one class index for each pixel."
         if labels.ndim == 4 and labels.shape[1] == 1:
             remedy = "Use labels.squeeze(1)."
+        elif labels.ndim == 4 and labels.shape[3] == 1:
+            remedy = "Use labels.squeeze(3)."
         elif labels.ndim == 4:
             remedy = "For one-hot labels use labels.argmax(1)."
         elif labels.ndim == 2:

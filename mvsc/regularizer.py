@@ -308,7 +308,8 @@ class MVSCRegularizer(nn.Module):
 
     def _split(self, features: Tensor, grid: Tensor) -> Tensor:
         """Deal the pixels of each class to the groups; at random, whatever they hold (R9)."""
-        key = stream_key(self.seed, self.step, distributed.rank(self.process_group))
+        rank = distributed.rank(self.process_group)
+        key = stream_key(self.seed, self.step, rank)
         return draw_groups(grid, self.groups, self.num_classes, key)
 
     def _classify(self, vectors: Tensor, classifier: Classifier) -> Tensor:

@@ -87,7 +87,7 @@ BUGS = [
     ("regularizer", "weight.flatten(2).sum(dim=2) if", "weight.flatten(2)[:, :, weight[0, 0].numel() // 2] if", "centre tap of a k x k classifier"),
     ("regularizer", "return plain and not checks.is_sharded(classifier)", "return plain", "weights of a sharded classifier used raw"),
     ("regularizer", 'if self.sync == "auto":', "if False:", "gradients of the centroids differ by process"),
-    ("regularizer", "order = draw_halves(self.groups, stream_key(self.seed, self.step))", "order = draw_halves(self.groups, split)", "halves differ by process"),
+    ("regularizer", "order = draw_halves(self.groups, stream_key(self.seed, self.step))", "order = draw_halves(self.groups, stream_key(self.seed, self.step, distributed.rank(self.process_group)))", "halves differ by process"),
     ("regularizer", "if self.enhance else centroids", "if True else centroids", "enhance=False ignored"),
     ("regularizer", "dim, dtype=torch.float32)", "dim)", "centroids in the default dtype"),
     ("regularizer", "persistent=False", "persistent=True", "a new key in the state"),

@@ -87,6 +87,7 @@ def test_wrong_features_are_named_with_the_remedy(features, error, message):
         (LABELS.float(), TypeError, r"got torch.float32. Use labels.long\(\)"),
         (LABELS.bool(), TypeError, r"got torch.bool. Use labels.long\(\)"),
         (LABELS.unsqueeze(1), ValueError, r"got \(2, 1, 8, 8\). Use labels.squeeze\(1\)"),
+        (LABELS.unsqueeze(3), ValueError, r"got \(2, 8, 8, 1\). Use labels.squeeze\(3\)"),
         (LABELS.new_zeros(2, 5, 8, 8), ValueError, r"one-hot labels use labels.argmax\(1\)"),
         (LABELS[0], ValueError, r"got \(8, 8\). For a single image use labels.unsqueeze\(0\)"),
         (LABELS[0, 0], ValueError, r"got \(8,\). Pass one class index for each pixel"),
