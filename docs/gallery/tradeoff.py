@@ -10,10 +10,11 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "effect"))
 import report
 
 runs = report.load(report.RESULTS)
-figure = Figure((9, 4.2), layout="constrained")
+rows = len({schedule for schedule, _ in runs})
+figure = Figure((9, 4.2 * rows), layout="constrained")
 arms = sorted({arm for cells in runs.values() for arm in cells} - {"ce"})
-panels = figure.subplots(1, len(runs), sharex=True, sharey=True, squeeze=False)[0]
-for axes, ((schedule, head), cells) in zip(panels, runs.items(), strict=True):
+panels = figure.subplots(rows, -(-len(runs) // rows), squeeze=False).flat
+for axes, ((schedule, head), cells) in zip(panels, runs.items(), strict=False):
     axes.set_title(f"{head}, {schedule} schedule")
     axes.axhline(0, color="0.8")
     axes.axvline(0, color="0.8")
@@ -27,4 +28,4 @@ for axes, ((schedule, head), cells) in zip(panels, runs.items(), strict=True):
             axes.plot(*mean, "o", color=color)
             axes.annotate(arm, mean, (0, 7), textcoords="offset points", ha="center")
     axes.set_xlabel("change of pixel accuracy")
-panels[0].set_ylabel("change of mIoU")
+    axes.set_ylabel("change of mIoU")
