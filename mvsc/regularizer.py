@@ -307,7 +307,10 @@ class MVSCRegularizer(nn.Module):
         return MVSCTerms(align, pull, classify)
 
     def _split(self, features: Tensor, grid: Tensor) -> Tensor:
-        """Deal the pixels of each class to the groups; at random, whatever they hold (R9)."""
+        """Deal the pixels of each class to the groups, at random and whatever they hold (R9).
+
+        The features are for those who try another split: benchmarks/effect/arms.py.
+        """
         rank = distributed.rank(self.process_group)
         key = stream_key(self.seed, self.step, rank)
         return draw_groups(grid, self.groups, self.num_classes, key)

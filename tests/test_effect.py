@@ -89,17 +89,15 @@ def test_class_means_are_classified_as_by_hand():
 
 def test_whole_images_are_dealt_evenly_to_the_groups():
     reg = mvsc.MVSCRegularizer(num_classes=3, dim=2, groups=4)
-    grid = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)
+    label = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)
     seen = set()
     for step in range(5):
         reg.step.fill_(step)
-        group, label = arms.by_image(reg, torch.zeros(8, 2, 2, 4), grid), grid
-        assert torch.equal((group == 12), label == 3)
-        assert torch.equal((group % 3)[label < 3], label[label < 3])
-        of_image = group[:, 0, 0] // 3
-        assert torch.equal(
-            (group // 3)[label < 3], of_image[:, None, None].expand(8, 2, 3).flatten()
-        )
+        cells = arms.by_image(reg, torch.zeros(8, 2, 2, 4), label)
+        of_image = cells[:, 0, 0] // 3
+        assert torch.equal(cells == 12, label == 3)
+        assert torch.equal((cells % 3)[label < 3], label[label < 3])
+        assert torch.equal((cells // 3)[..., :3], of_image[:, None, None].expand(8, 2, 3))
         assert torch.bincount(of_image).tolist() == [2, 2, 2, 2]
         seen.add(tuple(of_image.tolist()))
     assert len(seen) > 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import mvsc
 from data import IGNORE, SegmentationData
 from mvsc import MVSCRegularizer
-from mvsc.equations import centroid_classification_loss
+from mvsc.equations import centroid_classification_loss, global_centroids
 from mvsc.finding import find_classifier
 from mvsc.sampling import draw_halves, labels_on_grid, stream_key
 from recipes import Recipe
@@ -65,7 +65,7 @@ class Rival(nn.Module):
         """Draw labelled pixels, each class alike: ``(n, dim)`` and ``(n,)``, n <= count."""
         rows, flat = features.permute(0, 2, 3, 1).flatten(0, 2), grid.flatten()
         sizes = torch.bincount(flat, minlength=self.num_classes + 1).float()
-        weight = (1 / sizes.clamp_min(1)).index_fill(0, torch.tensor(self.num_classes), 0)[flat]
+        weight = (flat < self.num_classes) / sizes.clamp_min(1)[flat]
         drawn = torch.multinomial(weight, min(count, int((weight > 0).sum())))
         return rows[drawn], flat[drawn]
 
@@ -103,8 +103,7 @@ class Centre(Rival):
 
     def loss(self, features: Tensor, grid: Tensor, classifier: nn.Module) -> Tensor:
         known = (grid < self.num_classes).float()
-        own = F.embedding(grid.clamp_max(self.num_classes - 1), self.centres).movedim(3, 1)
-        distance = (F.normalize(features, dim=1) - own).square().sum(dim=1)
+        distance = (F.normalize(features, dim=1) - own(self.centres, grid)).square().sum(dim=1)
         return (distance * known).sum() / known.sum().clamp_min(1)
 
 
@@ -122,6 +121,11 @@ class ClassMeans(Rival):
         )
 
 
+def own(vectors: Tensor, grid: Tensor) -> Tensor:
+    """Give each pixel the vector of its class, ``(B, D, h, w)``; any to one that has none."""
+    return F.embedding(grid.clamp_max(len(vectors) - 1), vectors).movedim(3, 1)
+
+
 def by_image(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
     """Deal whole images to the groups, so that the means of a class differ as images do."""
     order = draw_halves(len(grid), stream_key(reg.seed, reg.step))
@@ -131,18 +135,19 @@ def by_image(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
 def by_difficulty(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
     """Deal each class's pixels by their cosine to its centroid: the hardest to the first group."""
     with torch.no_grad():
-        centroids = F.normalize(reg.centroids.mean(dim=0), dim=1)
-        own = F.embedding(grid.clamp_max(reg.num_classes - 1), centroids).movedim(3, 1)
-        cosine = F.cosine_similarity(features.float(), own)
+        cosine = F.cosine_similarity(features.float(), own(global_centroids(reg.centroids), grid))
     flat = grid.flatten()
+    # Class after class, and within one from the lowest cosine to the highest.
     order = (flat + 0.5 + 0.49 * cosine.flatten().double()).argsort()
+    label = flat[order]
     sizes = torch.bincount(flat, minlength=reg.num_classes + 1)
-    place = torch.arange(len(flat)) - (sizes.cumsum(0) - sizes)[flat[order]]
-    group = torch.empty_like(flat).scatter(0, order, place * reg.groups // sizes[flat[order]])
+    place = torch.arange(len(flat), device=flat.device) - (sizes.cumsum(0) - sizes)[label]
+    group = torch.empty_like(flat).scatter(0, order, place * reg.groups // sizes[label])
     return cells(reg, group.view_as(grid), grid)
 
 
 def cells(reg: MVSCRegularizer, group: Tensor, grid: Tensor) -> Tensor:
+    """Number the cells as mvsc.sampling.draw_groups does."""
     cell = group * reg.num_classes + grid
     return torch.where(grid < reg.num_classes, cell, reg.groups * reg.num_classes)
 
@@ -242,8 +247,7 @@ def ingredients(
 
         def attach_split(model: nn.Module, recipe: Recipe) -> Any:
             attached = attach(model, recipe)
-            reg = attached.regularizer
-            reg._split = partial(split, reg)
+            attached.regularizer._split = partial(split, attached.regularizer)
             return attached
 
         return recipe, criterion, attach_split

@@ -201,14 +201,12 @@ def near_border(label: Tensor) -> Tensor:
     """Mark the pixels within BAND pixels of one with another label, unlabelled ones left out."""
     value = label[None, None].float()
     known = label != IGNORE
-    highest, lowest = (
-        widest(torch.where(known, value, -1.0)),
-        -widest(torch.where(known, -value, -256.0)),
-    )
+    highest = highest_near(torch.where(known, value, -1.0))
+    lowest = -highest_near(torch.where(known, -value, -256.0))
     return ((highest != lowest)[0, 0]) & known
 
 
-def widest(value: Tensor) -> Tensor:
+def highest_near(value: Tensor) -> Tensor:
     """Take the maximum over the square of pixels at most BAND away, rows after columns."""
     side = 2 * BAND + 1
     return F.max_pool2d(F.max_pool2d(value, (side, 1), 1, (BAND, 0)), (1, side), 1, (0, BAND))
