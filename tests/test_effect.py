@@ -66,6 +66,18 @@ def test_a_strength_follows_the_name():
         arms.find("nothing")
 
 
+def test_a_strength_multiplies_what_it_should(folder):
+    data = open_split("folder", folder, "train")
+
+    def weights(name):
+        reg = arms.ingredients(arms.find(name), Recipe(data_root=folder), data)[0].reg
+        return reg.align_weight, reg.pull_weight, reg.classify_weight
+
+    assert weights("mvsc@4") == (0.4, 1.0, 0.2)
+    assert weights("without-eq2@2") == (0.0, 1.0, 0.1)
+    assert weights("balanced+mvsc@0.25") == weights("mvsc") == (0.1, 1.0, 0.05)
+
+
 def test_balanced_weights_are_the_inverse_root_of_the_frequency(folder):
     data = open_split("folder", folder, "train")
     labels = torch.cat([data[i][1].flatten() for i in range(len(data))]).long()
@@ -166,8 +178,8 @@ def test_intervals_are_students():
 
 
 def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
-    def keep(arm, seed, miou):
-        path = tmp_path / "val" / "short" / "segformer" / arm / f"seed{seed}.json"
+    def keep(arm, seed, miou, kind="val"):
+        path = tmp_path / kind / "short" / "segformer" / arm / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         log = {"step": [1, 2], "group_similarity": [0.1, 0.9]} if arm == "mvsc" else {"step": [1]}
         rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
@@ -181,6 +193,8 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
         keep("dice", seed, ours)
         keep("dice+mvsc", seed, ours + 1)
     keep("ce", 2, 99.0)
+    keep("ce", 0, 5.0, "hold_out")
+    keep("dice@2", 0, 6.0, "hold_out")
     text = report.report(tmp_path, ["wall", "floor"])
     assert "| mvsc | 2 | 17.00 ± 8.49 |" in text
     assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
@@ -189,6 +203,8 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     assert "mvsc on top of dice: mIoU +1.00 [+1.00, +1.00], mAcc +0.00" in text
     assert "dice on top of mvsc: mIoU +1.00" in text
     assert "wall +2.0" in text
+    chosen = text.partition("### Choice of strengths: segformer, short schedule")[2]
+    assert "| dice@2 | 1 | 6.00 | 1.00 | 50.00 | 3.00 | +1.00 |" in chosen
     assert "0.1000 at step 1" in text
 
 

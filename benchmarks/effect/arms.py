@@ -1,7 +1,8 @@
 """What is compared: MVSC, its parts, and what a user would pick instead, at equal steps.
 
 An arm changes a recipe, the pixels' own loss, or what is attached to the features. Rivals have the
-face of MVSCRegularizer, so that the same tap feeds them. A strength follows the name: dice@0.5.
+face of MVSCRegularizer, so that the same tap feeds them. A strength follows the name: dice@0.5;
+that of MVSC's own arms multiplies the weights of Eq. (2) and of L_v: mvsc@4.
 """
 
 from collections.abc import Callable
@@ -206,9 +207,6 @@ ARMS: dict[str, Arm] = {
     "by-image": Arm(split=by_image),
     "by-image-8": Arm(split=by_image, reg={"groups": 8}),
     "by-difficulty": Arm(split=by_difficulty),
-    # How strong should it be?
-    "mvsc-double": Arm(reg={"align_weight": 0.2, "classify_weight": 0.1}),
-    "mvsc-fourfold": Arm(reg={"align_weight": 0.4, "classify_weight": 0.2}),
     # What a user would pick instead.
     "balanced": Arm(mvsc=False, criterion=balanced, strength=0.5),
     "dice": Arm(mvsc=False, criterion=dice, strength=0.5),
@@ -240,8 +238,15 @@ def ingredients(
     arm: Arm, recipe: Recipe, data: SegmentationData
 ) -> tuple[Recipe, Criterion, Attach]:
     """Return what train.train needs for an arm."""
-    recipe = replace(recipe, mvsc=arm.mvsc, reg=replace(recipe.reg, **arm.reg))
-    criterion = arm.criterion(arm.strength, data) if arm.criterion else cross_entropy
+    reg = replace(recipe.reg, **arm.reg)
+    if arm.criterion:
+        criterion = arm.criterion(arm.strength, data)
+    else:
+        criterion = cross_entropy
+        # Eq. (3) stays: it moves the centroids only, which are close together soon.
+        align, classify = reg.align_weight * arm.strength, reg.classify_weight * arm.strength
+        reg = replace(reg, align_weight=align, classify_weight=classify)
+    recipe = replace(recipe, mvsc=arm.mvsc, reg=reg)
     rival, split = arm.rival, arm.split
     if split is not None:
 

@@ -121,22 +121,30 @@ def report(results: Path, classes: list[str] | None) -> str:
     """Write everything that the kept scores tell."""
     parts = []
     for (schedule, head), cells in load(results).items():
-        any_run = next(iter(next(iter(cells.values())).values()))
-        where = any_run["machine"]
-        parts += [
-            f"### {head}, {schedule} schedule: {any_run['steps']} steps",
-            f"Batch {any_run['batch_size']}, images {any_run['size'][0]} x {any_run['size'][1]}, "
-            f"{where['device']}, torch {where['torch']}; mean ± standard deviation over seeds, in "
-            "percent.",
-            table(cells),
-        ]
+        parts += heading(f"{head}, {schedule} schedule", cells)
         if above := on_top(cells):
             parts.append(above)
         if classes and {"ce", "mvsc"} <= set(cells):
             parts.append(f"IoU of classes with MVSC, change: {class_gains(cells, classes)}.")
         if "mvsc" in cells:
             parts.append(f"Mean cosine between the groups: {group_similarity(cells)}.")
+    for (schedule, head), cells in load(results, "hold_out").items():
+        parts += heading(f"Choice of strengths: {head}, {schedule} schedule", cells)
+        parts.append("Judged on every fifth of the training images, which were not trained on.")
     return "\n\n".join(parts) + "\n"
+
+
+def heading(title: str, cells: Cells) -> list[str]:
+    """Tell what was run and on what, and the table of scores."""
+    any_run = next(iter(next(iter(cells.values())).values()))
+    where = any_run["machine"]
+    return [
+        f"### {title}: {any_run['steps']} steps",
+        f"Batch {any_run['batch_size']}, images {any_run['size'][0]} x {any_run['size'][1]}, "
+        f"{where['device']}, torch {where['torch']}; mean ± standard deviation over seeds, in "
+        "percent.",
+        table(cells),
+    ]
 
 
 if __name__ == "__main__":
