@@ -281,7 +281,9 @@ class MVSCRegularizer(nn.Module):
         if align_weight or classify_weight:
             size = (features.shape[2], features.shape[3])
             grid = labels_on_grid(labels, size, self.num_classes, self.ignore_index)
-            cells = self._split(features, grid)
+            rank = distributed.rank(self.process_group)
+            key = stream_key(self.seed, self.step, rank)
+            cells = draw_groups(grid, self.groups, self.num_classes, key)
             sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
             if self.sync_means:
                 sums = distributed.sum_over_processes(sums, self.process_group)
@@ -305,15 +307,6 @@ class MVSCRegularizer(nn.Module):
                 enhanced, present, lambda vectors: self._classify(vectors, classifier)
             )
         return MVSCTerms(align, pull, classify)
-
-    def _split(self, features: Tensor, grid: Tensor) -> Tensor:
-        """Deal the pixels of each class to the groups, at random and whatever they hold (R9).
-
-        The features are for those who try another split: benchmarks/effect/arms.py.
-        """
-        rank = distributed.rank(self.process_group)
-        key = stream_key(self.seed, self.step, rank)
-        return draw_groups(grid, self.groups, self.num_classes, key)
 
     def _classify(self, vectors: Tensor, classifier: Classifier) -> Tensor:
         """Ask the model's classifier for the class of each of N vectors (R13)."""

@@ -99,13 +99,74 @@ def test_class_means_are_classified_as_by_hand():
     torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
 
 
+def draw(reg, seed=0):
+    torch.manual_seed(seed)
+    classifier = torch.nn.Conv2d(reg.dim, reg.num_classes, 3)
+    features = torch.randn(8, reg.dim, 6, 5, requires_grad=True)
+    labels = torch.randint(0, reg.num_classes, (8, 12, 10))
+    labels[labels == 1] = 255
+    return features, labels, classifier
+
+
+@pytest.mark.parametrize("align_to", ["global", "group"])
+def test_a_variant_that_changes_nothing_is_the_library(align_to):
+    options = {"num_classes": 4, "dim": 6, "seed": 3, "align_to": align_to}
+    found = []
+    for kind in (mvsc.MVSCRegularizer, arms.Variant):
+        reg = kind(**options)
+        batch = draw(reg)
+        for _ in range(2):
+            terms = reg.terms(*batch)
+        reg.total(terms).backward()
+        found.append([*terms, batch[0].grad, reg.centroids.grad, batch[2].weight.grad, reg.step])
+    for ours, library in zip(*found, strict=True):
+        torch.testing.assert_close(ours, library)
+
+
+def test_a_cell_counts_as_its_pixels_do():
+    reg = arms.ByCount(num_classes=3, dim=2, groups=1)
+    counts = torch.tensor([[3.0, 1.0, 0.0]])
+    vectors = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 1.0], [9.0, 0.0, 0.0]]])
+    loss = reg.classify(vectors, counts, lambda v: v)
+    e = torch.tensor([2.0, 1.0]).exp()
+    by_hand = (3 * ((e[0] + 2) / e[0]).log() + (e[1] + 2).log()) / 4
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_absent_classes_are_classified_too():
+    reg = arms.AllClasses(num_classes=2, dim=2, groups=1)
+    vectors = torch.tensor([[[2.0, 0.0], [3.0, 0.0]]])
+    loss = reg.classify(vectors, torch.tensor([[5, 0]]), lambda v: v)
+    by_hand = (torch.log1p(torch.tensor(-2.0).exp()) + torch.log1p(torch.tensor(3.0).exp())) / 2
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_groups_that_are_apart_cost_nothing():
+    reg = arms.Apart(num_classes=1, dim=3, groups=3)
+    with torch.no_grad():
+        reg.centroids.copy_(torch.tensor([2.0, 3.0, 0.5])[:, None, None] * torch.eye(3)[:, None])
+        assert reg.pull() == 0
+        reg.centroids[2] = reg.centroids[1]  # one pair of three is one
+        torch.testing.assert_close(reg.pull(), torch.tensor(1.0))
+
+
+def test_weights_fade_to_nothing():
+    reg = arms.Fading(num_classes=3, dim=2, groups=2)
+    reg.steps = 4
+    terms = mvsc.MVSCTerms(*torch.tensor([1.0, 2.0, 3.0]))
+    whole = mvsc.MVSCRegularizer(3, 2, 2).total(terms)
+    for step, share in ((0, 1.0), (1, 0.75), (4, 0.0), (5, 0.0)):
+        reg.step.fill_(step)
+        torch.testing.assert_close(reg.total(terms), whole * share)
+
+
 def test_whole_images_are_dealt_evenly_to_the_groups():
-    reg = mvsc.MVSCRegularizer(num_classes=3, dim=2, groups=4)
+    reg = arms.ByImage(num_classes=3, dim=2, groups=4)
     label = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)
     seen = set()
     for step in range(5):
         reg.step.fill_(step)
-        cells = arms.by_image(reg, torch.zeros(8, 2, 2, 4), label)
+        cells = reg.split(torch.zeros(8, 2, 2, 4), label)
         of_image = cells[:, 0, 0] // 3
         assert torch.equal(cells == 12, label == 3)
         assert torch.equal((cells % 3)[label < 3], label[label < 3])
@@ -116,14 +177,14 @@ def test_whole_images_are_dealt_evenly_to_the_groups():
 
 
 def test_the_hardest_pixels_of_a_class_come_first():
-    reg = mvsc.MVSCRegularizer(num_classes=2, dim=2, groups=2)
+    reg = arms.ByDifficulty(num_classes=2, dim=2, groups=2)
     with torch.no_grad():
         reg.centroids.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).expand(2, 2, 2))
     angle = torch.tensor([0.1, 3.0, 1.0, 0.2, 2.0, 0.5, 0.0])
     features = torch.stack([angle.cos(), angle.sin()])[None, :, None]
     grid = torch.tensor([[[0, 0, 0, 0, 1, 1, 2]]])
     # Angles from class 0: .1 and .2 are near, 1 and 3 far; from class 1: 2 is nearer than .5.
-    assert arms.by_difficulty(reg, features, grid).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
+    assert reg.split(features, grid).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
 
 
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():

@@ -7,7 +7,6 @@ that of MVSC's own arms multiplies the weights of Eq. (2) and of L_v: mvsc@4.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import segmentation_models_pytorch as smp
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 
 import mvsc
 from data import IGNORE, SegmentationData
-from mvsc import MVSCRegularizer
-from mvsc.equations import centroid_classification_loss, global_centroids
+from mvsc import MVSCRegularizer, MVSCTerms, equations
 from mvsc.finding import find_classifier
-from mvsc.sampling import draw_halves, labels_on_grid, stream_key
+from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
+from mvsc.segment import segment_sum
 from recipes import Recipe
 from train import Attach, Criterion, attach, cross_entropy
+
+Vectors = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Arm:
     reg: dict[str, Any] = field(default_factory=dict)
     criterion: Callable[[float, SegmentationData], Criterion] | None = None
     rival: Callable[[int, int, float], nn.Module] | None = None
-    split: Callable[[MVSCRegularizer, Tensor, Tensor], Tensor] | None = None
+    variant: type[MVSCRegularizer] | None = None
     strength: float = 1.0
 
 
@@ -116,10 +117,15 @@ class ClassMeans(Rival):
 
     def loss(self, features: Tensor, grid: Tensor, classifier: nn.Module) -> Tensor:
         means, counts = mvsc.segment_mean(features, grid, self.num_classes)
-        weight = classifier.weight.flatten(2).sum(dim=2)
-        return centroid_classification_loss(
-            means[None], (counts > 0)[None], lambda v: F.linear(v, weight, classifier.bias)
+        return equations.centroid_classification_loss(
+            means[None], (counts > 0)[None], linear(classifier)
         )
+
+
+def linear(classifier: nn.Module) -> Vectors:
+    """Return a convolution as what it does to a vector, or inside a uniform region (R13)."""
+    weight = classifier.weight.flatten(2).sum(dim=2)
+    return lambda vectors: F.linear(vectors, weight, classifier.bias)
 
 
 def own(vectors: Tensor, grid: Tensor) -> Tensor:
@@ -127,30 +133,102 @@ def own(vectors: Tensor, grid: Tensor) -> Tensor:
     return F.embedding(grid.clamp_max(len(vectors) - 1), vectors).movedim(3, 1)
 
 
-def by_image(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
-    """Deal whole images to the groups, so that the means of a class differ as images do."""
-    order = draw_halves(len(grid), stream_key(reg.seed, reg.step))
-    return cells(reg, order[:, None, None] % reg.groups, grid)
+class Variant(MVSCRegularizer):
+    """MVSC put together anew from its public parts, so that one of them can be another."""
+
+    steps = 1  # of the whole training
+
+    def terms(self, features: Tensor, labels: Tensor, classifier: nn.Module) -> MVSCTerms:
+        self.step += 1
+        size = (features.shape[2], features.shape[3])
+        grid = labels_on_grid(labels, size, self.num_classes, self.ignore_index)
+        cells = self.split(features, grid)
+        sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
+        means, present = equations.class_group_means(sums, counts, self.groups)
+        enhanced = equations.enhance_centroids(self.centroids, means)
+        targets = equations.global_centroids(self.centroids)
+        if self.align_to == "group":
+            targets = self.centroids
+        return MVSCTerms(
+            equations.alignment_loss(means, targets, present, self.temperature),
+            self.pull(),
+            self.classify(enhanced, counts.view_as(present), linear(classifier)),
+        )
+
+    def split(self, features: Tensor, grid: Tensor) -> Tensor:
+        """Give each pixel its cell, ``group * num_classes + label``."""
+        key = stream_key(self.seed, self.step)
+        return draw_groups(grid, self.groups, self.num_classes, key)
+
+    def pull(self) -> Tensor:
+        order = draw_halves(self.groups, stream_key(self.seed, self.step))
+        return equations.centroid_pull_loss(self.centroids, order)
+
+    def classify(self, enhanced: Tensor, counts: Tensor, classifier: Vectors) -> Tensor:
+        return equations.centroid_classification_loss(enhanced, counts > 0, classifier)
+
+    def cells(self, group: Tensor, grid: Tensor) -> Tensor:
+        """Number the cells as mvsc.sampling.draw_groups does."""
+        known = grid < self.num_classes
+        return torch.where(known, group * self.num_classes + grid, self.groups * self.num_classes)
 
 
-def by_difficulty(reg: MVSCRegularizer, features: Tensor, grid: Tensor) -> Tensor:
-    """Deal each class's pixels by their cosine to its centroid: the hardest to the first group."""
-    with torch.no_grad():
-        cosine = F.cosine_similarity(features.float(), own(global_centroids(reg.centroids), grid))
-    flat = grid.flatten()
-    # Class after class, and within one from the lowest cosine to the highest.
-    order = (flat + 0.5 + 0.49 * cosine.flatten().double()).argsort()
-    label = flat[order]
-    sizes = torch.bincount(flat, minlength=reg.num_classes + 1)
-    place = torch.arange(len(flat), device=flat.device) - (sizes.cumsum(0) - sizes)[label]
-    group = torch.empty_like(flat).scatter(0, order, place * reg.groups // sizes[label])
-    return cells(reg, group.view_as(grid), grid)
+class ByImage(Variant):
+    """Deals whole images to the groups, so that the means of a class differ as images do."""
+
+    def split(self, features: Tensor, grid: Tensor) -> Tensor:
+        order = draw_halves(len(grid), stream_key(self.seed, self.step))
+        return self.cells(order[:, None, None] % self.groups, grid)
 
 
-def cells(reg: MVSCRegularizer, group: Tensor, grid: Tensor) -> Tensor:
-    """Number the cells as mvsc.sampling.draw_groups does."""
-    cell = group * reg.num_classes + grid
-    return torch.where(grid < reg.num_classes, cell, reg.groups * reg.num_classes)
+class ByDifficulty(Variant):
+    """Deals each class's pixels by their cosine to its centroid: the hardest to the first group."""
+
+    def split(self, features: Tensor, grid: Tensor) -> Tensor:
+        with torch.no_grad():
+            centroid = own(equations.global_centroids(self.centroids), grid)
+            cosine = F.cosine_similarity(features.float(), centroid)
+        flat = grid.flatten()
+        # Class after class, and within one from the lowest cosine to the highest.
+        order = (flat + 0.5 + 0.49 * cosine.flatten().double()).argsort()
+        label = flat[order]
+        sizes = torch.bincount(flat, minlength=self.num_classes + 1)
+        place = torch.arange(len(flat), device=flat.device) - (sizes.cumsum(0) - sizes)[label]
+        group = torch.empty_like(flat).scatter(0, order, place * self.groups // sizes[label])
+        return self.cells(group.view_as(grid), grid)
+
+
+class ByCount(Variant):
+    """Weighs each cell by its pixels in L_v: classes do not count alike."""
+
+    def classify(self, enhanced: Tensor, counts: Tensor, classifier: Vectors) -> Tensor:
+        classes = torch.arange(self.num_classes, device=counts.device).expand_as(counts)
+        logits = classifier(enhanced.flatten(0, 1))
+        losses = F.cross_entropy(logits, classes.flatten(), reduction="none")
+        return (losses * counts.flatten()).sum() / counts.sum().clamp_min(1)
+
+
+class AllClasses(Variant):
+    """Has the classifier recognise the centroids of absent classes, too."""
+
+    def classify(self, enhanced: Tensor, counts: Tensor, classifier: Vectors) -> Tensor:
+        return super().classify(enhanced, torch.ones_like(counts), classifier)
+
+
+class Apart(Variant):
+    """Decorrelates the groups of a class, in place of Eq. (3)'s pull."""
+
+    def pull(self) -> Tensor:
+        unit = F.normalize(self.centroids, dim=2)
+        cosines = torch.einsum("gcd,hcd->cgh", unit, unit)
+        return cosines.triu(1).square().sum(dim=(1, 2)).mean()
+
+
+class Fading(Variant):
+    """Lets the weights fall to 0, in proportion to the steps that are left."""
+
+    def total(self, terms: MVSCTerms) -> Tensor:
+        return super().total(terms) * (1 - self.step / self.steps).clamp_min(0)
 
 
 def balanced(strength: float, data: SegmentationData) -> Criterion:
@@ -204,9 +282,13 @@ ARMS: dict[str, Arm] = {
     "own-group-without-eq3": Arm(reg={"align_to": "group", "pull_weight": 0.0}),
     "swapped-weights": Arm(reg={"align_weight": 0.05, "classify_weight": 0.1}),
     # Other ways to split a class than at random.
-    "by-image": Arm(split=by_image),
-    "by-image-8": Arm(split=by_image, reg={"groups": 8}),
-    "by-difficulty": Arm(split=by_difficulty),
+    "by-image": Arm(variant=ByImage),
+    "by-difficulty": Arm(variant=ByDifficulty),
+    # Other parts, or other weights along the training.
+    "by-count": Arm(variant=ByCount),
+    "all-classes": Arm(variant=AllClasses),
+    "apart": Arm(variant=Apart, reg={"align_to": "group"}),
+    "fading": Arm(variant=Fading),
     # What a user would pick instead.
     "balanced": Arm(mvsc=False, criterion=balanced, strength=0.5),
     "dice": Arm(mvsc=False, criterion=dice, strength=0.5),
@@ -247,24 +329,20 @@ def ingredients(
         align, classify = reg.align_weight * arm.strength, reg.classify_weight * arm.strength
         reg = replace(reg, align_weight=align, classify_weight=classify)
     recipe = replace(recipe, mvsc=arm.mvsc, reg=reg)
-    rival, split = arm.rival, arm.split
-    if split is not None:
-
-        def attach_split(model: nn.Module, recipe: Recipe) -> Any:
-            attached = attach(model, recipe)
-            attached.regularizer._split = partial(split, attached.regularizer)
-            return attached
-
-        return recipe, criterion, attach_split
-    if rival is None:
+    if arm.rival is None and arm.variant is None:
         return recipe, criterion, attach
 
-    def attach_rival(model: nn.Module, recipe: Recipe) -> Any:
+    def attach_own(model: nn.Module, recipe: Recipe) -> Any:
         path = find_classifier(model, None, None)
-        layer = model.get_submodule(path)
+        sizes = len(data.classes), model.get_submodule(path).in_channels
         # Its first weights must not move the random numbers that follow.
         with torch.random.fork_rng(devices=[]):
-            own = rival(len(data.classes), layer.in_channels, arm.strength)
-        return mvsc.AttachedRegularizer(model, path, own, add_to_loss=False)
+            if arm.variant:
+                options = {"ignore_index": IGNORE, "seed": recipe.seed, **vars(recipe.reg)}
+                made = arm.variant(*sizes, **options)
+            else:
+                made = arm.rival(*sizes, arm.strength)
+        made.steps = recipe.steps
+        return mvsc.AttachedRegularizer(model, path, made, add_to_loss=False)
 
-    return recipe, criterion, attach_rival
+    return recipe, criterion, attach_own
