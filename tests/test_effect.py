@@ -215,6 +215,9 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
     assert not any((tmp_path / "work" / "val").iterdir())
     monkeypatch.setattr(subprocess, "run", lambda command: pytest.fail("ran again"))
     study.main(settings)
+    shares = json.loads((tmp_path / "results" / "classes.json").read_text())
+    assert tuple(shares) == open_split("folder", folder, "train").classes
+    assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -256,7 +259,7 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     keep("ce", 2, 99.0)
     keep("ce", 0, 5.0, "hold_out")
     keep("dice@2", 0, 6.0, "hold_out")
-    text = report.report(tmp_path, ["wall", "floor"])
+    text = report.report(tmp_path, {"wall": 0.9, "floor": 0.1})
     assert "| mvsc | 2 | 17.00 ± 8.49 |" in text
     assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
     assert "| dice+mvsc | 2 | 18.00 ± 8.49 |" in text
@@ -267,6 +270,20 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     chosen = text.partition("### Choice of strengths: segformer, short schedule")[2]
     assert "| dice@2 | 1 | 6.00 | 1.00 | 50.00 | 3.00 | +1.00 |" in chosen
     assert "0.1000 at step 1" in text
+
+
+def test_gains_are_told_for_rare_and_common_classes():
+    def run(*iou):
+        return {"iou": list(iou)}
+
+    cells = {
+        "ce": {0: run(1, 1, 1, None), 1: run(2, 2, 2, None)},
+        "mvsc": {0: run(4, 2, 1, None), 1: run(7, 3, 1, None)},
+    }
+    shares = {"rug": 0.1, "wall": 0.5, "bed": 0.3, "lamp": 0.1}
+    told = report.class_gains(cells, shares, "mvsc")
+    assert told.startswith("rarest 1 classes +4.00 [-8.71, +16.71], middle 1 classes -0.50 [")
+    assert "commonest 1 classes +1.00 [+1.00, +1.00]; bed -0.5, wall +1.0, rug +4.0, ..." in told
 
 
 @pytest.mark.parametrize("head", study.HEADS)

@@ -231,12 +231,18 @@ class Fading(Variant):
         return super().total(terms) * (1 - self.step / self.steps).clamp_min(0)
 
 
-def balanced(strength: float, data: SegmentationData) -> Criterion:
-    """Weigh classes by frequency to the power of -strength (0.5: inverse square root)."""
+def class_pixels(data: SegmentationData) -> Tensor:
+    """Count the labelled pixels of each class."""
     pixels = torch.zeros(len(data.classes))
     for index in range(len(data)):
         label = data[index][1].flatten().long()
         pixels += torch.bincount(label[label != IGNORE], minlength=len(pixels))
+    return pixels
+
+
+def balanced(strength: float, data: SegmentationData) -> Criterion:
+    """Weigh classes by frequency to the power of -strength (0.5: inverse square root)."""
+    pixels = class_pixels(data)
     weight = (pixels / pixels.sum()).clamp_min(1e-6) ** -strength
     # The mean weight of a pixel is 1, as without weights.
     weight = weight * pixels.sum() / (weight * pixels).sum()

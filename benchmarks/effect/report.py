@@ -16,6 +16,7 @@ from typing import Any
 from scipy.stats import t
 
 RESULTS = Path(__file__).parent / "results"
+Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mIoU": "boundary"}
 
@@ -90,18 +91,36 @@ def on_top(cells: Cells) -> str:
     return "\n\n".join(told)
 
 
-def class_gains(cells: Cells, classes: list[str], arm: str = "mvsc", base: str = "ce") -> str:
-    """Tell the classes whose IoU changed most, over the seeds that both arms have."""
+def class_gains(cells: Cells, shares: Shares, arm: str, base: str = "ce") -> str:
+    """Tell how IoU changed for rare and common classes, and where most."""
     both = sorted(set(cells.get(arm, {})) & set(cells.get(base, {})))
-    changes = []
-    for number, name in enumerate(classes):
-        pairs = [(cells[arm][s]["iou"][number], cells[base][s]["iou"][number]) for s in both]
-        values = [ours - plain for ours, plain in pairs if None not in (ours, plain)]
-        if values:
-            changes.append((statistics.mean(values), name))
-    changes.sort()
-    told = [f"{name} {change:+.1f}" for change, name in changes]
-    return f"{', '.join(told[:5])}, ..., {', '.join(told[-5:])}"
+    changes = {  # a class that is in no image of the validation has no IoU
+        name: [
+            ours - plain
+            for ours, plain in (
+                (cells[arm][seed]["iou"][number], cells[base][seed]["iou"][number]) for seed in both
+            )
+            if None not in (ours, plain)
+        ]
+        for number, name in enumerate(shares)
+    }
+    changes = {name: values for name, values in changes.items() if len(values) == len(both)}
+    rarest = sorted(changes, key=lambda name: shares[name])
+    thirds = {
+        "rarest": rarest[: len(rarest) // 3],
+        "middle": rarest[len(rarest) // 3 : -(len(rarest) // 3)],
+        "commonest": rarest[-(len(rarest) // 3) :],
+    }
+    by_third = (
+        f"{title} {len(names)} classes {gain(means)}"
+        for title, names in thirds.items()
+        if (means := [statistics.mean(v) for v in zip(*(changes[n] for n in names), strict=True)])
+    )
+    told = [
+        f"{name} {change:+.1f}"
+        for change, name in sorted((statistics.mean(v), name) for name, v in changes.items())
+    ]
+    return f"{', '.join(by_third)}; {', '.join(told[:5])}, ..., {', '.join(told[-5:])}"
 
 
 def group_similarity(cells: Cells, arm: str = "mvsc") -> str:
@@ -117,15 +136,18 @@ def group_similarity(cells: Cells, arm: str = "mvsc") -> str:
     return ", ".join(f"{values[i]:.4f} at step {steps[i]}" for i in shown)
 
 
-def report(results: Path, classes: list[str] | None) -> str:
+def report(results: Path, shares: Shares | None) -> str:
     """Write everything that the kept scores tell."""
     parts = []
     for (schedule, head), cells in load(results).items():
         parts += heading(f"{head}, {schedule} schedule", cells)
         if above := on_top(cells):
             parts.append(above)
-        if classes and {"ce", "mvsc"} <= set(cells):
-            parts.append(f"IoU of classes with MVSC, change: {class_gains(cells, classes)}.")
+        for arm in ("mvsc", "mvsc@4") if shares else ():
+            if {"ce", arm} <= set(cells):
+                parts.append(
+                    f"IoU of classes, change with {arm}: {class_gains(cells, shares, arm)}."
+                )
         if "mvsc" in cells:
             parts.append(f"Mean cosine between the groups: {group_similarity(cells)}.")
     for (schedule, head), cells in load(results, "hold_out").items():
@@ -148,7 +170,7 @@ def heading(title: str, cells: Cells) -> list[str]:
 
 
 if __name__ == "__main__":
-    names = RESULTS / "classes.txt"
-    found = report(RESULTS, names.read_text("utf-8").splitlines() if names.exists() else None)
+    kept = RESULTS / "classes.json"
+    found = report(RESULTS, json.loads(kept.read_text("utf-8")) if kept.exists() else None)
     sys.stdout.write(found)
     (RESULTS / "report.md").write_text(found, "utf-8")

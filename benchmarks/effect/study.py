@@ -97,6 +97,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     check(settings)
+    keep_classes(settings)
     cells = [
         f"{schedule}/{head}/{arm}/{seed}"
         for schedule in settings.schedules
@@ -121,6 +122,18 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} must be among {', '.join(known)}, got {sorted(wrong)}.")
     for arm in settings.arms:
         arms.find(arm)
+
+
+def keep_classes(settings: Settings) -> None:
+    """Keep the names of the classes and their shares of the labelled training pixels."""
+    path = settings.results / "classes.json"
+    if not path.exists():
+        data = open_split("folder", settings.data_root, "train")
+        pixels = arms.class_pixels(data)
+        shares = dict(zip(data.classes, (pixels / pixels.sum()).tolist(), strict=True))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(rounded(shares), indent=1) + "\n"
+        write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def result_path(settings: Settings, cell: str) -> Path:
