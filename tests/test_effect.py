@@ -256,6 +256,8 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
         keep("mvsc", seed, ours)
         keep("dice", seed, ours)
         keep("dice+mvsc", seed, ours + 1)
+        keep("dice@2", seed, ours + 2)
+        keep("dice+mvsc@2", seed, ours + 5)
     keep("ce", 2, 99.0)
     keep("ce", 0, 5.0, "hold_out")
     keep("dice@2", 0, 6.0, "hold_out")
@@ -266,6 +268,8 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     assert "| +1.00 [+1.00, +1.00] | 7 |" in text
     assert "mvsc on top of dice: mIoU +1.00 [+1.00, +1.00], mAcc +0.00" in text
     assert "dice on top of mvsc: mIoU +1.00" in text
+    assert "mvsc on top of dice@2: mIoU +3.00" in text
+    assert "dice@2 on top of mvsc: mIoU +5.00" in text
     assert "wall +2.0" in text
     chosen = text.partition("### Choice of strengths: segformer, short schedule")[2]
     assert "| dice@2 | 1 | 6.00 | 1.00 | 50.00 | 3.00 | +1.00 |" in chosen

@@ -82,7 +82,9 @@ def on_top(cells: Cells) -> str:
     """Tell what MVSC adds to a rival, and the rival to MVSC."""
     told = []
     for both in cells:
-        rival, plus, _ = both.partition("+")
+        name, at, strength = both.partition("@")
+        rival, plus, _ = name.partition("+")
+        rival += at + strength
         for base, added in ((rival, "mvsc"), ("mvsc", rival)) if plus else ():
             gains = {title: paired(cells, both, base, name) for name, title in SCORES.items()}
             if all(gains.values()):
