@@ -18,12 +18,12 @@ panels = [
 
 rows = -(-len(panels) // 2)
 figure = Figure((9, 4.2 * rows), layout="constrained")
+grid = figure.add_gridspec(rows, 2)
 named = {}
 arms = sorted({arm.partition("@")[0] for _, cells in panels for arm in cells} - {"ce"})
-grid = list(figure.subplots(rows, 2).flat)
-for spare in grid[len(panels) :]:
-    spare.axis("off")
-for axes, (title, cells) in zip(grid, panels, strict=False):
+for place, (title, cells) in enumerate(panels):
+    alone = place % 2 == 0 and place == len(panels) - 1
+    axes = figure.add_subplot(grid[place // 2, :] if alone else grid[place // 2, place % 2])
     axes.set_title(title)
     axes.axhline(0, color="0.8")
     axes.axvline(0, color="0.8")
@@ -45,9 +45,13 @@ for axes, (title, cells) in zip(grid, panels, strict=False):
             axes.plot(cost, gain, ".", color=color, alpha=0.5)
             means.append((statistics.mean(cost), statistics.mean(gain)))
             if "@" in name:
-                axes.annotate(name.partition("@")[2], means[-1], fontsize=6)
+                label = name.partition("@")[2]
+                axes.annotate(label, means[-1], (3, 3), textcoords="offset points", fontsize=7)
         if means:
             named[arm] = axes.plot(*zip(*means, strict=True), "o-", color=color)[0]
+    # What loses more than that is outside.
+    axes.set_xlim(left=max(axes.get_xlim()[0], -7))
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], -1))
     axes.set_xlabel("change of pixel accuracy")
     axes.set_ylabel("change of mIoU")
 figure.legend(named.values(), named, loc="outside lower center", ncols=5)
