@@ -245,7 +245,8 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     def keep(arm, seed, miou, kind="val"):
         path = tmp_path / kind / "short" / "segformer" / arm / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        log = {"step": [1, 2], "group_similarity": [0.1, 0.9]} if arm == "mvsc" else {"step": [1]}
+        log = {"step": [1, 2], "seconds_per_step": [0.5, 0.75]}
+        log |= {"group_similarity": [0.1, 0.9]} if arm == "mvsc" else {}
         rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
         about = {"steps": 2, "batch_size": 8, "size": [160, 120], "peak_mib": 7.0}
         machine = {"device": "a machine", "torch": "2"}
@@ -265,7 +266,7 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     assert "| mvsc | 2 | 17.00 ± 8.49 |" in text
     assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
     assert "| dice+mvsc | 2 | 18.00 ± 8.49 |" in text
-    assert "| +1.00 [+1.00, +1.00] | 7 |" in text
+    assert "| +1.00 [+1.00, +1.00] | 0.62 | 7 |" in text
     assert "mvsc on top of dice: mIoU +1.00 [+1.00, +1.00], mAcc +0.00" in text
     assert "dice on top of mvsc: mIoU +1.00" in text
     assert "mvsc on top of dice@2: mIoU +3.00" in text

@@ -62,7 +62,8 @@ def gain(differences: list[float]) -> str:
 def table(cells: Cells, base: str = "ce") -> str:
     """One row an arm; cross-entropy first, the others by their gain in mIoU."""
     gains = [f"gain in {title} [95 %]" for title in SCORES.values()]
-    head = ["arm", "seeds", *SCORES.values(), *gains, "mIoU against mvsc [95 %]", "peak MiB"]
+    head = ["arm", "seeds", *SCORES.values(), *gains, "mIoU against mvsc [95 %]"]
+    head += ["s a step", "peak MiB"]
     order = sorted(
         cells,
         key=lambda arm: (arm != base, -statistics.mean(paired(cells, arm, base, "mIoU") or [-99])),
@@ -73,8 +74,9 @@ def table(cells: Cells, base: str = "ce") -> str:
         row = [arm, str(len(runs)), *(spread([run[name] for run in runs]) for name in SCORES)]
         row += ["" if arm == base else gain(paired(cells, arm, base, name)) for name in SCORES]
         row += ["" if arm == "mvsc" else gain(paired(cells, arm, "mvsc", "mIoU"))]
+        seconds = statistics.median(s for run in runs for s in run["log"]["seconds_per_step"])
         peak = statistics.median(run["peak_mib"] for run in runs)
-        lines.append("| " + " | ".join([*row, f"{peak:.0f}"]) + " |")
+        lines.append("| " + " | ".join([*row, f"{seconds:.2f}", f"{peak:.0f}"]) + " |")
     return "\n".join(lines)
 
 
