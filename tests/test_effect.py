@@ -99,8 +99,8 @@ def test_class_means_are_classified_as_by_hand():
     torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
 
 
-def draw(reg, seed=0):
-    torch.manual_seed(seed)
+def draw(reg):
+    torch.manual_seed(0)
     classifier = torch.nn.Conv2d(reg.dim, reg.num_classes, 3)
     features = torch.randn(8, reg.dim, 6, 5, requires_grad=True)
     labels = torch.randint(0, reg.num_classes, (8, 12, 10))

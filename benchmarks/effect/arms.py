@@ -16,7 +16,7 @@ from pytorch_metric_learning.losses import ProxyAnchorLoss, SupConLoss
 from torch import Tensor, nn
 
 import mvsc
-from data import IGNORE, SegmentationData
+from data import IGNORE, SegmentationData, check
 from mvsc import MVSCRegularizer, MVSCTerms, equations
 from mvsc.finding import find_classifier
 from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
@@ -35,7 +35,7 @@ class Arm:
     reg: dict[str, Any] = field(default_factory=dict)
     criterion: Callable[[float, SegmentationData], Criterion] | None = None
     rival: Callable[[int, int, float], nn.Module] | None = None
-    variant: type[MVSCRegularizer] | None = None
+    variant: "type[Variant] | None" = None
     strength: float = 1.0
 
 
@@ -146,9 +146,8 @@ class Variant(MVSCRegularizer):
         sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
         means, present = equations.class_group_means(sums, counts, self.groups)
         enhanced = equations.enhance_centroids(self.centroids, means)
-        targets = equations.global_centroids(self.centroids)
-        if self.align_to == "group":
-            targets = self.centroids
+        to_group = self.align_to == "group"
+        targets = self.centroids if to_group else equations.global_centroids(self.centroids)
         return MVSCTerms(
             equations.alignment_loss(means, targets, present, self.temperature),
             self.pull(),
@@ -232,12 +231,15 @@ class Fading(Variant):
 
 
 def class_pixels(data: SegmentationData) -> Tensor:
-    """Count the labelled pixels of each class."""
-    pixels = torch.zeros(len(data.classes))
-    for index in range(len(data)):
-        label = data[index][1].flatten().long()
-        pixels += torch.bincount(label[label != IGNORE], minlength=len(pixels))
-    return pixels
+    """Count the labelled pixels of each class.
+
+    Raises:
+        ValueError: if a file of the split cannot be used.
+    """
+    found = check(data)
+    if found.problems:
+        raise ValueError("\n".join(found.problems))
+    return torch.from_numpy(found.pixels[: len(data.classes)]).float()
 
 
 def balanced(strength: float, data: SegmentationData) -> Criterion:
@@ -346,9 +348,9 @@ def ingredients(
             if arm.variant:
                 options = {"ignore_index": IGNORE, "seed": recipe.seed, **vars(recipe.reg)}
                 made = arm.variant(*sizes, **options)
+                made.steps = recipe.steps
             else:
                 made = arm.rival(*sizes, arm.strength)
-        made.steps = recipe.steps
         return mvsc.AttachedRegularizer(model, path, made, add_to_loss=False)
 
     return recipe, criterion, attach_own

@@ -39,9 +39,13 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, count - 1)) * error
 
 
+def shared_seeds(cells: Cells, arm: str, base: str) -> list[int]:
+    return sorted(set(cells.get(arm, {})) & set(cells.get(base, {})))
+
+
 def paired(cells: Cells, arm: str, base: str, score: str) -> list[float]:
     """Return the differences of a score between two arms, seed by seed."""
-    both = sorted(set(cells.get(arm, {})) & set(cells.get(base, {})))
+    both = shared_seeds(cells, arm, base)
     return [cells[arm][seed][score] - cells[base][seed][score] for seed in both]
 
 
@@ -97,23 +101,19 @@ def on_top(cells: Cells) -> str:
 
 def class_gains(cells: Cells, shares: Shares, arm: str, base: str = "ce") -> str:
     """Tell how IoU changed for rare and common classes, and where most."""
-    both = sorted(set(cells.get(arm, {})) & set(cells.get(base, {})))
-    changes = {  # a class that is in no image of the validation has no IoU
-        name: [
-            ours - plain
-            for ours, plain in (
-                (cells[arm][seed]["iou"][number], cells[base][seed]["iou"][number]) for seed in both
-            )
-            if None not in (ours, plain)
-        ]
-        for number, name in enumerate(shares)
-    }
-    changes = {name: values for name, values in changes.items() if len(values) == len(both)}
+    both = shared_seeds(cells, arm, base)
+    changes = {}
+    for number, name in enumerate(shares):
+        pairs = [[cells[each][seed]["iou"][number] for each in (arm, base)] for seed in both]
+        # A class that is in no image of the validation has no IoU.
+        if all(None not in pair for pair in pairs):
+            changes[name] = [ours - plain for ours, plain in pairs]
     rarest = sorted(changes, key=lambda name: shares[name])
+    third = len(rarest) // 3
     thirds = {
-        "rarest": rarest[: len(rarest) // 3],
-        "middle": rarest[len(rarest) // 3 : -(len(rarest) // 3)],
-        "commonest": rarest[-(len(rarest) // 3) :],
+        "rarest": rarest[:third],
+        "middle": rarest[third : len(rarest) - third],
+        "commonest": rarest[len(rarest) - third :],
     }
     by_third = (
         f"{title} {len(names)} classes {gain(means)}"
@@ -147,8 +147,8 @@ def report(results: Path, shares: Shares | None) -> str:
         parts += heading(f"{head}, {schedule} schedule", cells)
         if above := on_top(cells):
             parts.append(above)
-        for arm in ("mvsc", "mvsc@4") if shares else ():
-            if {"ce", arm} <= set(cells):
+        for arm in ("mvsc", "mvsc@4"):
+            if shares and shared_seeds(cells, arm, "ce"):
                 parts.append(
                     f"IoU of classes, change with {arm}: {class_gains(cells, shares, arm)}."
                 )
