@@ -40,7 +40,7 @@ def batch(folder):
     return torch.stack([images, images.flip(2)]) / 255, torch.stack([labels, labels.flip(1)]).long()
 
 
-@pytest.mark.parametrize("name", arms.ARMS)
+@pytest.mark.parametrize("name", [*arms.ARMS, "lovasz@4+mvsc@4", "dice+class-means@0.2"])
 def test_every_arm_has_a_finite_loss_that_reaches_the_encoder(name, folder, batch):
     data = open_split("folder", folder, "train")
     model = "smp/Segformer/tu-test_resnet"
@@ -64,6 +64,9 @@ def test_a_strength_follows_the_name():
     assert arms.find("dice").strength == 0.5
     with pytest.raises(ValueError, match="arms must be among ce, mvsc"):
         arms.find("nothing")
+    for wrong in ("mvsc+lovasz", "lovasz+dice", "lovasz+ce"):
+        with pytest.raises(ValueError, match="must be a loss and what is attached"):
+            arms.find(wrong)
 
 
 def test_a_strength_multiplies_what_it_should(folder):
@@ -75,7 +78,20 @@ def test_a_strength_multiplies_what_it_should(folder):
 
     assert weights("mvsc@4") == (0.4, 1.0, 0.2)
     assert weights("without-eq2@2") == (0.0, 1.0, 0.1)
-    assert weights("balanced+mvsc@0.25") == weights("mvsc") == (0.1, 1.0, 0.05)
+    assert weights("balanced@0.25+mvsc") == weights("mvsc") == (0.1, 1.0, 0.05)
+    assert weights("balanced@0.25+mvsc@4") == weights("mvsc@4")
+
+
+def test_both_parts_of_a_pair_keep_their_strengths(folder, batch):
+    data = open_split("folder", folder, "train")
+    logits = torch.randn(2, 3, *batch[1].shape[1:])
+
+    def loss(name):
+        return arms.ingredients(arms.find(name), Recipe(data_root=folder), data)[1](
+            logits, batch[1]
+        )
+
+    assert loss("lovasz@4+mvsc@2") == loss("lovasz@4") != loss("lovasz@2")
 
 
 def test_balanced_weights_are_the_inverse_root_of_the_frequency(folder):
@@ -258,7 +274,7 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
         keep("dice", seed, ours)
         keep("dice+mvsc", seed, ours + 1)
         keep("dice@2", seed, ours + 2)
-        keep("dice+mvsc@2", seed, ours + 5)
+        keep("dice@2+mvsc", seed, ours + 5)
     keep("ce", 2, 99.0)
     keep("ce", 0, 5.0, "hold_out")
     keep("dice@2", 0, 6.0, "hold_out")

@@ -2,7 +2,8 @@
 
 An arm changes a recipe, the pixels' own loss, or what is attached to the features. Rivals have the
 face of MVSCRegularizer, so that the same tap feeds them. A strength follows the name: dice@0.5;
-that of MVSC's own arms multiplies the weights of Eq. (2) and of L_v: mvsc@4.
+that of MVSC's own arms multiplies the weights of Eq. (2) and of L_v: mvsc@4. A pixels' own loss and
+what is attached to the features make a pair: lovasz@4+mvsc@4.
 """
 
 from collections.abc import Callable
@@ -305,19 +306,25 @@ ARMS: dict[str, Arm] = {
     "proxy-anchor": Arm(mvsc=False, rival=ProxyAnchor, strength=0.01),
     "centre": Arm(mvsc=False, rival=Centre, strength=0.1),
     "class-means": Arm(mvsc=False, rival=ClassMeans, strength=0.05),
-    # Both.
-    "balanced+mvsc": Arm(criterion=balanced, strength=0.5),
-    "dice+mvsc": Arm(criterion=dice, strength=0.5),
-    "lovasz+mvsc": Arm(criterion=lovasz, strength=0.5),
 }
 
 
 def find(name: str) -> Arm:
-    """Look an arm up; ``name@strength`` changes its strength.
+    """Look an arm up; ``name@strength`` changes its strength, ``+`` joins two.
 
     Raises:
-        ValueError: if there is no such arm.
+        ValueError: if there is no such arm, or two do not go together.
     """
+    first, plus, second = name.partition("+")
+    if plus:
+        loss, attached = find(first), find(second)
+        if loss.criterion is None or attached.criterion is not None or attached == ARMS["ce"]:
+            raise ValueError(
+                "arms joined by + must be a loss and what is attached, as lovasz+mvsc, got "
+                f"{name!r}."
+            )
+        criterion, own = loss.criterion, loss.strength
+        return replace(attached, criterion=lambda _, data: criterion(own, data))
     title, _, strength = name.partition("@")
     if title not in ARMS:
         raise ValueError(f"arms must be among {', '.join(ARMS)}, got {title!r}.")
@@ -329,13 +336,10 @@ def ingredients(
 ) -> tuple[Recipe, Criterion, Attach]:
     """Return what train.train needs for an arm."""
     reg = replace(recipe.reg, **arm.reg)
-    if arm.criterion:
-        criterion = arm.criterion(arm.strength, data)
-    else:
-        criterion = cross_entropy
-        # Eq. (3) stays: it moves the centroids only, which are close together soon.
-        align, classify = reg.align_weight * arm.strength, reg.classify_weight * arm.strength
-        reg = replace(reg, align_weight=align, classify_weight=classify)
+    criterion = arm.criterion(arm.strength, data) if arm.criterion else cross_entropy
+    # Eq. (3) stays: it moves the centroids only, which are close together soon.
+    align, classify = reg.align_weight * arm.strength, reg.classify_weight * arm.strength
+    reg = replace(reg, align_weight=align, classify_weight=classify)
     recipe = replace(recipe, mvsc=arm.mvsc, reg=reg)
     if arm.rival is None and arm.variant is None:
         return recipe, criterion, attach

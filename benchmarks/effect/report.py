@@ -85,13 +85,11 @@ def table(cells: Cells, base: str = "ce") -> str:
 
 
 def on_top(cells: Cells) -> str:
-    """Tell what MVSC adds to a rival, and the rival to MVSC."""
+    """Tell what each half of a pair adds to the other."""
     told = []
     for both in cells:
-        name, at, strength = both.partition("@")
-        rival, plus, _ = name.partition("+")
-        rival += at + strength
-        for base, added in ((rival, "mvsc"), ("mvsc", rival)) if plus else ():
+        loss, plus, attached = both.partition("+")
+        for base, added in ((loss, attached), (attached, loss)) if plus else ():
             gains = {title: paired(cells, both, base, name) for name, title in SCORES.items()}
             if all(gains.values()):
                 changes = (f"{title} {gain(values)}" for title, values in gains.items())

@@ -1,5 +1,6 @@
 """What each arm gains in mIoU, and what that costs in pixel accuracy."""
 
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +21,19 @@ rows = -(-len(panels) // 2)
 figure = Figure((9, 4.2 * rows), layout="constrained")
 grid = figure.add_gridspec(rows, 2)
 named = {}
-arms = sorted({arm.partition("@")[0] for _, cells in panels for arm in cells} - {"ce"})
+
+
+def method(arm):
+    """Leave the strengths out of an arm's name."""
+    return re.sub("@[^+]*", "", arm)
+
+
+def strengths(arm):
+    """Read the strengths out of an arm's name, '' for the usual one."""
+    return [part.partition("@")[2] for part in arm.split("+")]
+
+
+arms = sorted({method(arm) for _, cells in panels for arm in cells} - {"ce"})
 for place, (title, cells) in enumerate(panels):
     alone = place % 2 == 0 and place == len(panels) - 1
     axes = figure.add_subplot(grid[place // 2, :] if alone else grid[place // 2, place % 2])
@@ -35,9 +48,9 @@ for place, (title, cells) in enumerate(panels):
             (
                 name
                 for name in cells
-                if name.partition("@")[0] == arm and report.paired(cells, name, "ce", "mIoU")
+                if method(name) == arm and report.paired(cells, name, "ce", "mIoU")
             ),
-            key=lambda name: float(name.partition("@")[2] or 1),
+            key=lambda name: [float(number or 1) for number in strengths(name)],
         )
         means = []
         for name in names:
@@ -45,7 +58,7 @@ for place, (title, cells) in enumerate(panels):
             axes.plot(cost, gain, ".", color=color, alpha=0.5)
             means.append((statistics.mean(cost), statistics.mean(gain)))
             if "@" in name:
-                label = name.partition("@")[2]
+                label = "+".join(number or "1" for number in strengths(name))
                 axes.annotate(label, means[-1], (3, 3), textcoords="offset points", fontsize=7)
         if means:
             named[arm] = axes.plot(*zip(*means, strict=True), "o-", color=color)[0]
