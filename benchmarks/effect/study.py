@@ -47,16 +47,18 @@ HEADS = {"segformer": "folder-segformer-lite0", "deeplabv3plus": "folder-deeplab
 
 
 class Schedule(NamedTuple):
-    """How long, and on images of which longer and shorter side."""
+    """How long, on images of which longer and shorter side, and how many in a step."""
 
     steps: int
     size: tuple[int, int]
+    batch_size: int
 
 
-SCHEDULES = {  # 4, 12 and 48 epochs of 795 images, batch 8
-    "quick": Schedule(396, (128, 96)),
-    "short": Schedule(1188, (160, 120)),
-    "long": Schedule(4752, (160, 120)),
+SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images
+    "quick": Schedule(396, (128, 96), 8),
+    "short": Schedule(1188, (160, 120), 8),
+    "long": Schedule(4752, (160, 120), 8),
+    "gpu": Schedule(596, (384, 288), 16),
 }
 BAND = 5  # pixels from a border between two labels
 
@@ -68,7 +70,7 @@ class Settings:
     data_root: Path
     """Folder with images/, labels/ and classes.txt."""
     schedules: tuple[str, ...] = ("short",)
-    """quick, short, long."""
+    """quick, short, long; gpu: as many epochs as short, on large images."""
     heads: tuple[str, ...] = tuple(HEADS)
     """segformer, deeplabv3plus."""
     arms: tuple[str, ...] = tuple(arms.ARMS)
@@ -77,8 +79,8 @@ class Settings:
     """Each a pair of runs for every arm."""
     size: tuple[int, int] | None = None
     """Longer and shorter side of the images in training and evaluation; or the schedule's."""
-    batch_size: int = 8
-    """Images in a step."""
+    batch_size: int | None = None
+    """Images in a step, instead of the schedule's."""
     steps: int | None = None
     """Instead of the schedule's."""
     results: Path = HERE / "results"
@@ -146,8 +148,10 @@ def run(settings: Settings, cell: str) -> None:
     """Train, judge and keep one cell."""
     schedule, head, name, seed = cell.split("/")
     kind = "hold_out" if settings.hold_out else "val"
-    steps = settings.steps or SCHEDULES[schedule].steps
-    longer, shorter = size = settings.size or SCHEDULES[schedule].size
+    usual = SCHEDULES[schedule]
+    steps = settings.steps or usual.steps
+    batch_size = settings.batch_size or usual.batch_size
+    longer, shorter = size = settings.size or usual.size
     root = held_out(settings) if settings.hold_out else settings.data_root
     recipe = replace(
         RECIPES[HEADS[head]][1],
@@ -157,7 +161,7 @@ def run(settings: Settings, cell: str) -> None:
         seed=int(seed),
         steps=steps,
         warmup=steps // 20,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         scale=size,
         crop=(longer, -(-shorter // 32) * 32),
         workers=settings.workers,
@@ -174,11 +178,11 @@ def run(settings: Settings, cell: str) -> None:
     result = {
         "cell": cell,
         "steps": steps,
-        "batch_size": settings.batch_size,
+        "batch_size": batch_size,
         "size": size,
         **found,
         "log": {k: [line[k] for line in lines if k in line] for k in lines[-1]},
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_mib(),
         "resumed": bool(before),
         "machine": machine(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": {p: metadata.version(p) for p in ("mvsc", "torchvision", "timm")},
@@ -189,6 +193,13 @@ def run(settings: Settings, cell: str) -> None:
     text = json.dumps(rounded(result))
     write_whole(path, lambda partial: partial.write_text(text + "\n", "utf-8"))
     shutil.rmtree(recipe.folder)
+
+
+def peak_mib() -> float:
+    """Return the most memory that was held: the GPU's, if there is one, or the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def judge(
