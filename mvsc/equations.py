@@ -209,14 +209,15 @@ def weighted_sum(terms: MVSCTerms, weights: tuple[float, float, float]) -> Tenso
 def _unit(vectors: Tensor) -> Tensor:
     """Scale vectors to length 1; a zero vector stays 0 and has a finite gradient."""
     # F.normalize has gradients of 1e12 at zero, and NaN in float16.
-    return vectors * torch.rsqrt(vectors.square().sum(dim=-1, keepdim=True) + EPS**2)
+    dim = vectors.shape[-1]
+    unit: Tensor = F.rms_norm(vectors, (dim,), eps=EPS**2 / dim) / dim**0.5
+    return unit
 
 
 def _cross_entropy_over_present(logits: Tensor, present: Tensor) -> Tensor:
     """Average the cross-entropy of each present cell with its class as the target."""
-    groups, num_classes = present.shape
-    target = torch.arange(num_classes, device=logits.device).expand(groups, num_classes)
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    # Row c has target c.
+    losses = -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
     # where, not a product: 0 * NaN would be NaN.
-    losses = torch.where(present.flatten(), losses, 0)
+    losses = torch.where(present, losses, 0)
     return losses.sum() / present.sum().clamp_min(1)

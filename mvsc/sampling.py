@@ -70,8 +70,9 @@ def stream_key(seed: int, step: Tensor, rank: int = 0) -> Tensor:
     """
     key = 0x2545F491
     for word in (seed, seed >> 32, rank):
-        key = _mix(_mix(key) ^ (word & _MASK))
-    return _mix(_mix((step & _MASK) ^ key) ^ ((step >> 32) & _MASK))
+        key = _mix(key ^ (word & _MASK)) ^ 0x5BD1E995
+    # Far steps are folded onto 32 bits; two that follow each other never meet.
+    return _mix(((step ^ (step >> 31)) & _MASK) ^ key)
 
 
 def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> Tensor:
@@ -100,15 +101,17 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
     if groups == 1:
         return labels
     flat = labels.flatten()
-    pixels = torch.arange(len(flat), device=flat.device)
+    # One hash for all that is drawn, a number for each pixel and then for each class: on a GPU
+    # each of these small operations costs a launch.
+    numbers = torch.arange(len(flat) + num_classes + 1, device=flat.device)
+    pixels, hashes = numbers[: len(flat)], _mix(numbers ^ key)
     # Sorting by (class, hash) puts the pixels of each class in random order, one after the
     # other. The hash is a bijection of the pixel's number, so no two keys are equal and the
     # order is unique.
-    keys, order = ((flat << 32) | _mix(_mix(pixels ^ key) ^ key)).sort()
+    keys, order = ((flat << 32) | hashes[: len(flat)]).sort()
     label = keys >> 32
     # Dealt in turn from a random first group, so the remainder goes to random groups.
-    classes = torch.arange(num_classes + 1, device=flat.device)
-    first_group = _mix(_mix(classes ^ key) + 1) % groups
+    first_group = hashes[len(flat) :] % groups
     group = (pixels + first_group[label]) % groups
     cells = torch.where(label < num_classes, group * num_classes + label, groups * num_classes)
     return torch.empty_like(flat).scatter(0, order, cells).view_as(labels)
@@ -124,16 +127,16 @@ def draw_halves(groups: int, key: Tensor) -> Tensor:
     Returns:
         A permutation of ``0 .. groups - 1``, int64.
     """
-    return _mix(_mix(torch.arange(groups, device=key.device) ^ key) + 2).argsort()
+    # Counted down from the last number, far from those of the pixels.
+    return _mix(torch.arange(_MASK, _MASK - groups, -1, device=key.device) ^ key).argsort()
 
 
 def _mix(x: _Int) -> _Int:
-    """Hash 32 bits to 32 bits, one to one.
+    """Hash 32 bits to 32 bits, one to one; 0 stays 0.
 
     Every step is invertible, and the multiplier is below 2**31, so that an int64 product never
     overflows. (The multiplier is T. Mueller's, found by search for avalanche.)
     """
-    x = (x ^ 0x5BD1E995) & _MASK
     for _ in range(2):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
     return x ^ (x >> 16)
