@@ -9,7 +9,10 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["segment_mean", "step", "scaling", "compile", "import", "loader"])
+NAMES = ("segment_mean", "sums", "step", "scaling", "compile", "import", "loader")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_quick_mode_runs_and_writes_nothing(name, monkeypatch, tmp_path):
     if name == "step":
         pytest.importorskip("pytorch_metric_learning")

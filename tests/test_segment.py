@@ -155,6 +155,20 @@ def test_maps_larger_than_a_block_are_summed_whole(layout, monkeypatch):
     assert_close(means.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("longest", [2**16, 84, 40])
+def test_the_way_of_a_gpu_gives_the_same_sums(layout, dtype, longest, monkeypatch):
+    # All images at once, two at a time, or less than one.
+    features = in_layout(torch.randn(3, 5, 6, 7).to(dtype), layout)
+    cells = torch.randint(0, 4, (3, 6, 7))
+    expected = segment._sum(features, cells, 4)
+    monkeypatch.setattr(segment, "_LONGEST_SUM", longest)
+    sums = segment._scatter_sum(features, cells, 4)
+    assert_close(sums, expected, rtol=1e-5, atol=1e-5)
+    assert sums.stride() == expected.stride()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_the_cells_and_nothing_else(layout, dtype):
