@@ -22,3 +22,11 @@ settings.register_profile(
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """Hide a GPU from all tests but those of test_cuda.py: bitwise claims are about a CPU."""
+    if request.module.__name__ != "test_cuda":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
