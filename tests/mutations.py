@@ -62,7 +62,6 @@ BUGS = [
     ("segment", "dtype = features.shape[1], _sum_dtype(features)", "dtype = features.shape[1], features.dtype", "half accumulation"),
     ("segment", "            total = sums if total is None else total.add_(sums)\n            sums,", "            sums,", "a block is lost"),
     ("segment", "if added + len(index) > _LONGEST_SUM:", "if False:", "one long float32 sum"),
-    ("segment", "total += torch.zeros_like(total)", "total = torch.zeros_like(total)", "a block is lost on a GPU"),
     ("segment", "return _Spread.apply(grad, cells, ctx.dtype, ctx.channels_last), None, None", "return _Spread.apply(grad, cells, ctx.dtype, False), None, None", "gradient in another layout"),
     ("segment", "ctx.save_for_backward(cells)\n        ctx.dtype, ctx.channels_last", "ctx.save_for_backward(cells)\n        ctx.kept = features.float()\n        ctx.dtype, ctx.channels_last", "a float32 copy of the features is kept"),
     ("sampling", "grid = labels.long()", "grid = labels", "uint8 comparison"),
@@ -143,6 +142,7 @@ BUGS = [
     ("distributed", "    if size < 1:", "    if False:", "a process outside the group gets its gradient negated"),
     ("distributed", "if not torch.equal(_bits(copied), _bits(copies[0])):", "if not torch.equal(copied, copies[0]):", "NaN in every process is taken for drift"),
     ("distributed", "    if not hasattr(parameter, \"device_mesh\"):", "    if True:", "the initial centroids of a shard are those of the whole"),
+    ("segment", "total += torch.zeros_like(total)", "total = torch.zeros_like(total)", "a block is lost on a GPU"),
 ]  # fmt: skip
 
 

@@ -459,6 +459,23 @@ def test_a_compiled_model_trains_as_an_eager_one(images, labels, backend):
     assert_close(*gradients)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own, of the features
+def test_an_attached_regularizer_can_be_compiled_alone(images, labels):
+    torch.compiler.reset()
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        model = Net()
+        reg = attach(model)
+        if compiled:
+            reg.regularizer.compile(fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            loss = F.cross_entropy(model(images), labels) + reg(labels)
+            loss.backward()
+            losses.append((loss.detach(), first_grad(model).clone()))
+    assert_close(losses[2:], losses[:2])
+
+
 def test_a_model_compiled_and_run_before_attach_raises_until_reset(images, labels):
     torch.compiler.reset()
     model = Net()
