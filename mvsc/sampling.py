@@ -71,7 +71,7 @@ def stream_key(seed: int, step: Tensor, rank: int = 0) -> Tensor:
     key = 0x2545F491
     for word in (seed, seed >> 32, rank):
         key = _mix(key ^ (word & _MASK)) ^ 0x5BD1E995
-    # Far steps are folded onto 32 bits; two that follow each other never meet.
+    # Folded onto 32 bits, so that steps beyond 2^32 draw anew, too.
     return _mix(((step ^ (step >> 31)) & _MASK) ^ key)
 
 
