@@ -42,7 +42,7 @@ for place, (title, cells) in enumerate(panels):
     axes.axvline(0, color="0.8")
     axes.margins(0.15)
     for number, arm in enumerate(arms):
-        color = colormaps["tab20"](number)
+        color = "black" if arm == "mvsc" else colormaps["turbo"](number / len(arms))
         # A method's strengths in order, joined by a line; without a number it is 1, or the usual.
         names = sorted(
             (
