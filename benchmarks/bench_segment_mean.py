@@ -17,10 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from bench_sums import (
+    LAYOUTS,
+    Sum,
+    index_add_rows,
+    rows_of,
+    scatter_add_pixels,
+    sorted_embedding_bag,
+    wide,
+)
 from measure import command_line, medians, write
 from mvsc import segment_mean
 
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMMON = (torch.float32, torch.bfloat16)
 """Dtypes for which the slow ways are timed too."""
@@ -34,9 +42,19 @@ def ours(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     return segment_mean(features, cells, num_cells)[0]
 
 
+def divided(add: Sum) -> Way:
+    """Turn a way to sum into one to average."""
+    return lambda features, cells, num_cells: (
+        add(features, cells, num_cells + 1)[:num_cells] / _counts(cells, num_cells)
+    )
+
+
+rows_index_add = divided(index_add_rows)
+
+
 def python_loop(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     """Index the map by a mask for each cell, as research code does."""
-    rows, index = _rows(features), cells.flatten()
+    rows, index = rows_of(features), cells.flatten()
     means = [
         rows[mask].float().mean(0)
         if (mask := index == cell).any()
@@ -47,43 +65,23 @@ def python_loop(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
 
 def one_hot_matmul(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    rows = _rows(features).to(_wide(features))
+    rows = rows_of(features).to(wide(features))
     one_hot = F.one_hot(cells.flatten(), num_cells + 1)[:, :num_cells].to(rows.dtype)
     return (one_hot.T @ rows) / _counts(cells, num_cells)
 
 
-def rows_index_add(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    rows = _rows(features).to(_wide(features))
-    sums = rows.new_zeros(num_cells + 1, rows.shape[1]).index_add(0, cells.flatten(), rows)
-    return sums[:num_cells] / _counts(cells, num_cells)
-
-
 def rows_scatter_reduce(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    rows = _rows(features).to(_wide(features))
+    rows = rows_of(features).to(wide(features))
     index = cells.flatten().unsqueeze(1).expand_as(rows)
     means = rows.new_zeros(num_cells + 1, rows.shape[1])
     return means.scatter_reduce(0, index, rows, "mean", include_self=False)[:num_cells]
 
 
-def pixels_scatter_add(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    flat = features.flatten(2).to(_wide(features))
-    index = cells.flatten(1).unsqueeze(1).expand_as(flat)
-    sums = flat.new_zeros(*flat.shape[:2], num_cells + 1).scatter_add(2, index, flat).sum(0)
-    return sums[:, :num_cells].T / _counts(cells, num_cells)
-
-
 def sort_segment_reduce(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     index, order = cells.flatten().sort()
-    rows = _rows(features).to(_wide(features))[order]
+    rows = rows_of(features).to(wide(features))[order]
     lengths = torch.bincount(index, minlength=num_cells + 1)
     return torch.segment_reduce(rows, "mean", lengths=lengths, initial=0)[:num_cells]
-
-
-def sort_embedding_bag(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    index, order = cells.flatten().sort()
-    starts = torch.searchsorted(index, torch.arange(num_cells + 1, device=index.device))
-    rows = _rows(features).to(_wide(features))
-    return F.embedding_bag(order, rows, starts, mode="sum")[:num_cells] / _counts(cells, num_cells)
 
 
 WAYS: dict[str, Way] = {
@@ -92,9 +90,9 @@ WAYS: dict[str, Way] = {
     "one-hot matmul": one_hot_matmul,
     "rows + index_add": rows_index_add,
     "rows + scatter_reduce": rows_scatter_reduce,
-    "pixel axis + scatter_add": pixels_scatter_add,
+    "pixel axis + scatter_add": divided(scatter_add_pixels),
     "sort + segment_reduce": sort_segment_reduce,
-    "sort + embedding_bag": sort_embedding_bag,
+    "sort + embedding_bag": divided(sorted_embedding_bag),
 }
 # Timed forward only: backward, the loop zeroes a map of gradients for each cell.
 SLOW = ("Python loop over cells", "one-hot matmul", "sort + segment_reduce")
@@ -106,7 +104,7 @@ except ImportError:
 else:
 
     def torch_scatter_mean(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-        rows = _rows(features).to(_wide(features))
+        rows = rows_of(features).to(wide(features))
         return scatter_mean(rows, cells.flatten(), dim=0, dim_size=num_cells + 1)[:num_cells]
 
     WAYS["torch_scatter.scatter_mean"] = torch_scatter_mean
@@ -177,8 +175,10 @@ def compare(
         if name in SLOW:
             continue
         (gradient,) = torch.autograd.grad(means, features, sent.to(means.dtype))
-        wide = {"rtol": 2e-2, "atol": 1e-4} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-6}
-        assert_close(gradient.double(), exact.grad, **wide, msg=lambda m, n=name: n + m)
+        close = (
+            {"rtol": 2e-2, "atol": 1e-4} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-6}
+        )
+        assert_close(gradient.double(), exact.grad, **close, msg=lambda m, n=name: n + m)
         both[name] = partial(_forward_backward, way, features, cells, num_cells, sent)
     limits = {"read": features.detach().sum, "write": partial(torch.full_like, features, 1.0)}
     times = medians({**limits, **both}, rounds)
@@ -209,14 +209,6 @@ def _forward_backward(
 ) -> None:
     means = way(features, cells, num_cells)
     torch.autograd.grad(means, features, sent.to(means.dtype))
-
-
-def _rows(features: Tensor) -> Tensor:
-    return features.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _wide(features: Tensor) -> torch.dtype:
-    return torch.promote_types(features.dtype, torch.float32)
 
 
 def _counts(cells: Tensor, num_cells: int) -> Tensor:

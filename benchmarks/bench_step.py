@@ -77,6 +77,7 @@ def main() -> None:
     device, quick = command_line(__doc__)
     batch = 16 if device.type == "cuda" else 2
     size, rounds = (64, 1) if quick else (512, 7)
+    images, labels = a_batch(batch, size, device)
     if quick:
         config = SegformerConfig(num_labels=CLASSES, depths=[1, 1, 1, 1])
     else:
@@ -88,9 +89,10 @@ def main() -> None:
         models["DeepLabV3-R50"] = deeplab, deeplab.classifier[4]
     alone, whole = [], []
     for name, (model, classifier) in models.items():
-        alone += step(name, model, classifier, batch, size, device, rounds)
+        model.to(device)
+        alone += step(name, model, classifier, images, labels, rounds)
         if quick or device.type == "cuda":
-            whole += whole_steps(name, model, classifier, batch, size, device, rounds)
+            whole += whole_steps(name, model, classifier, images, labels, rounds, not quick)
     if not quick:
         title = f"at 512 x 512, batch {batch}, 171 classes"
         tables = {f"A step {title}": alone, f"Whole steps {title}": whole}
@@ -101,14 +103,12 @@ def step(
     name: str,
     model: nn.Module,
     classifier: nn.Conv2d,
-    batch: int,
-    size: int,
-    device: torch.device,
+    images: Tensor,
+    labels: Tensor,
     rounds: int,
 ) -> list[dict[str, object]]:
     """Time one model's step and, on its features, each term alone; one row for each."""
-    model.to(device)
-    images, labels = a_batch(batch, size, device)
+    device = images.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)
     seen: list[Tensor] = []
     hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
@@ -156,15 +156,15 @@ def whole_steps(
     name: str,
     model: nn.Module,
     classifier: nn.Conv2d,
-    batch: int,
-    size: int,
-    device: torch.device,
+    images: Tensor,
+    labels: Tensor,
     rounds: int,
+    compiled: bool,
 ) -> list[dict[str, object]]:
     """Time a training step with MVSC and without, and see what memory each needs."""
-    images, labels = a_batch(batch, size, device)
+    device = images.device
     regs = [MVSCRegularizer(CLASSES, classifier.in_channels).to(device) for _ in range(2)]
-    if size > 64:  # to compile takes a minute
+    if compiled:
         regs[1].compile(fullgraph=True)
     ways = {"cross-entropy alone": None, "with mvsc": regs[0], "with mvsc, compiled": regs[1]}
     parameters = [*model.parameters(), *(reg.centroids for reg in regs)]

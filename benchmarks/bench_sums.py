@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_segment_mean import LAYOUTS
 from measure import command_line, medians, write
 from mvsc import segment
 
 Sum = Callable[[Tensor, Tensor, int], Tensor]
 Spread = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MAPS = ((4, 256, 128, 171), (16, 256, 128, 171), (16, 128, 96, 39), (16, 256, 64, 19))
 """Batch, D, side and classes; four groups."""
 
@@ -31,8 +31,12 @@ def rows_of(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
+def wide(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
+
+
 def index_add_rows(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    rows = rows_of(features).float()
+    rows = rows_of(features).to(wide(features))
     return rows.new_zeros(num_cells, rows.shape[1]).index_add_(0, cells.flatten(), rows)
 
 
@@ -43,7 +47,7 @@ def scatter_add_rows(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
 
 def scatter_add_pixels(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    columns = features.flatten(2).float()
+    columns = features.flatten(2).to(wide(features))
     index = cells.flatten(1).unsqueeze(1).expand_as(columns)
     sums = columns.new_zeros(*columns.shape[:2], num_cells).scatter_add_(2, index, columns)
     return sums.sum(0).t()
@@ -66,7 +70,8 @@ def sorted_index_add(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 def sorted_embedding_bag(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     index, order = cells.flatten().sort()
     starts = torch.searchsorted(index, torch.arange(num_cells, device=index.device))
-    return F.embedding_bag(order, rows_of(features).float(), starts, mode="sum")
+    rows = rows_of(features).to(wide(features))
+    return F.embedding_bag(order, rows, starts, mode="sum")
 
 
 def sorted_segment_reduce(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
