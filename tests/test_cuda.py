@@ -2,8 +2,6 @@
 
 import copy
 import warnings
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -342,52 +340,25 @@ def test_segformer_and_deeplab_train_with_mvsc_in_half_precision():
         assert not torch.equal(reg.regularizer.centroids, before)
 
 
-def test_a_recipe_trains_and_resumes_on_a_gpu(tmp_path, monkeypatch):
+def test_a_recipe_trains_and_resumes_on_a_gpu(tmp_path):
     pytest.importorskip("accelerate")
     pytest.importorskip("segmentation_models_pytorch")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    import tiny_data
-    from recipes import Recipe
-    from train import read_metrics, train
+    from accelerate.state import AcceleratorState
 
-    recipe = Recipe(
-        data_root=tiny_data.make_folder(tmp_path / "data"),
-        out=tmp_path / "whole",
-        model="smp/Segformer/tu-test_resnet",
-        decoder_dim=16,
-        pretrained=False,
-        steps=4,
-        batch_size=2,
-        warmup=1,
-        scale=(64, 48),
-        crop=(64, 64),
-        workers=0,
-        log_every=1,
-        precision="bf16",
-    )
+    from test_recipes import interrupting, replace, tiny, tiny_data, train, training
+
+    # Accelerate keeps its first device and precision for the life of the process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    data = tiny_data.make_folder(tmp_path / "data")
+    recipe = tiny(data, tmp_path / "whole", cpu=False, precision="bf16", log_every=1)
     train(recipe)
     parts = replace(recipe, out=tmp_path / "parts", resume=True)
-
-    class KilledError(Exception):
-        pass
-
-    def kill(self, step):
-        save(self, step)
-        if step == 2:
-            raise KilledError
-
-    import train as training
-
-    save = training.Run.save
-    monkeypatch.setattr(training.Run, "save", kill)
-    with pytest.raises(KilledError):
-        train(replace(parts, save_every=2))
-    monkeypatch.setattr(training.Run, "save", save)
-    train(replace(parts, save_every=2))
-    whole, resumed = (
-        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")
-    )
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, interrupting(2))
+    train(parts)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    whole, resumed = (training.read_metrics(each.out / "metrics.jsonl") for each in (recipe, parts))
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (whole, resumed)]
-    assert len(losses[0]) == 4
+    assert len(losses[0]) == recipe.steps
     # Sums on a GPU are in no certain order.
     assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=1e-2)
