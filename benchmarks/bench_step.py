@@ -93,10 +93,10 @@ def main() -> None:
         alone += step(name, model, classifier, images, labels, rounds)
         if quick or device.type == "cuda":
             whole += whole_steps(name, model, classifier, images, labels, rounds, not quick)
-    if not quick:
-        title = f"at 512 x 512, batch {batch}, 171 classes"
-        tables = {f"A step {title}": alone, f"Whole steps {title}": whole}
-        write("bench_step", device, tables)
+        if not quick:
+            title = f"at 512 x 512, batch {batch}, 171 classes"
+            tables = {f"A step {title}": alone, f"Whole steps {title}": whole}
+            write("bench_step", device, tables)
 
 
 def step(

@@ -127,8 +127,9 @@ def draw_halves(groups: int, key: Tensor) -> Tensor:
     Returns:
         A permutation of ``0 .. groups - 1``, int64.
     """
-    # Counted down from the last number, far from those of the pixels.
-    return _mix(torch.arange(_MASK, _MASK - groups, -1, device=key.device) ^ key).argsort()
+    # Counted down from the last number, far from those of the pixels; by an exclusive or, since
+    # the compiler counts in int32 on a GPU.
+    return _mix(torch.arange(groups, device=key.device) ^ _MASK ^ key).argsort()
 
 
 def _mix(x: _Int) -> _Int:

@@ -356,6 +356,21 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant, compiled):
     assert_close(results[1], results[0], rtol=0, atol=0)
 
 
+def test_a_compiled_step_counts_within_32_bits():
+    # Inductor's kernels for a GPU index with int32: a range that ends beyond fails to compile there.
+    torch.compiler.reset()
+    step, seen = example(), []
+
+    def backend(graph, inputs):
+        seen.extend(node.args for node in graph.graph.nodes if node.target is torch.arange)
+        return graph.forward
+
+    call = torch.compile(step.reg, fullgraph=True, backend=backend)
+    call(step.features, step.labels, step.classifier).backward()
+    assert len(seen) >= 2
+    assert all(abs(number) < 2**31 for numbers in seen for number in numbers)
+
+
 def test_the_parameter_group_has_no_weight_decay_and_takes_overrides():
     reg = MVSCRegularizer(5, 6)
     model = nn.Conv2d(6, 5, 1)
