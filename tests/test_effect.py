@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,14 +259,14 @@ def test_intervals_are_students():
 
 
 def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
-    def keep(arm, seed, miou, kind="val"):
-        path = tmp_path / kind / "short" / "segformer" / arm / f"seed{seed}.json"
+    def keep(arm, seed, miou, kind="val", device="a machine", schedule="short"):
+        path = tmp_path / kind / schedule / "segformer" / arm / f"seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         log = {"step": [1, 2], "seconds_per_step": [0.5, 0.75]}
         log |= {"group_similarity": [0.1, 0.9]} if arm == "mvsc" else {}
         rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
         about = {"steps": 2, "batch_size": 8, "size": [160, 120], "peak_mib": 7.0}
-        machine = {"device": "a machine", "torch": "2"}
+        machine = {"device": device, "torch": "2"}
         path.write_text(json.dumps({"mIoU": miou, "machine": machine, **rest, **about}))
 
     for seed, (plain, ours) in enumerate([(10.0, 11.0), (20.0, 23.0)]):
@@ -276,9 +277,22 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
         keep("dice@2", seed, ours + 2)
         keep("dice@2+mvsc", seed, ours + 5)
     keep("ce", 2, 99.0)
+    keep("ce", 1, 1.0, schedule="long")
+    keep("ce", 2, 4.0, schedule="long", device="another")
+    keep("mvsc@4", 1, 2.0, schedule="long")
+    keep("mvsc", 1, 3.0, schedule="quick")
     keep("ce", 0, 5.0, "hold_out")
     keep("dice@2", 0, 6.0, "hold_out")
     text = report.report(tmp_path, {"wall": 0.9, "floor": 0.1})
+    first = text.partition("### segformer")[0]
+    gained = "+2.00 [-10.71, +14.71] (2) | +0.00 [+0.00, +0.00]"
+    assert f"| short | segformer | 43.00 ± 48.75 | {gained} |  |  |" in first
+    assert "| long | segformer | 2.50 ± 2.12 |  |  | +1.00 (1) | +0.00 |" in first
+    assert "| quick |" not in first
+    long = text.partition("### segformer, long schedule")[2].partition("###")[0]
+    assert "; a machine, torch 2 and another, torch 2; mean" in long
+    assert re.search(r"\| ce \| 2 \|.*\|  \|  \|\n", long)
+    assert re.search(r"\| mvsc@4 \| 1 \|.*\| 0.62 \| 7 \|\n", long)
     assert "| mvsc | 2 | 17.00 ± 8.49 |" in text
     assert "| +2.00 [-10.71, +14.71] | +0.00 [+0.00, +0.00] |" in text
     assert "| dice+mvsc | 2 | 18.00 ± 8.49 |" in text

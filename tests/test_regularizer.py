@@ -357,7 +357,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant, compiled):
 
 
 def test_a_compiled_step_counts_within_32_bits():
-    # Inductor's kernels for a GPU index with int32: a range that ends beyond fails to compile there.
+    # Inductor's kernels for a GPU index with int32: a range that ends beyond does not compile.
     torch.compiler.reset()
     step, seen = example(), []
 

@@ -290,6 +290,9 @@ ARMS: dict[str, Arm] = {
     "own-group": Arm(reg={"align_to": "group"}),
     "own-group-without-eq3": Arm(reg={"align_to": "group", "pull_weight": 0.0}),
     "swapped-weights": Arm(reg={"align_weight": 0.05, "classify_weight": 0.1}),
+    # Four times one of the two weights that mvsc@4 has four times.
+    "strong-eq2": Arm(reg={"align_weight": 0.4}),
+    "strong-lv": Arm(reg={"classify_weight": 0.2}),
     # Other ways to split a class than at random.
     "by-image": Arm(variant=ByImage),
     "by-difficulty": Arm(variant=ByDifficulty),

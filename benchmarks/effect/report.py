@@ -80,7 +80,29 @@ def table(cells: Cells, base: str = "ce") -> str:
         row += ["" if arm == "mvsc" else gain(paired(cells, arm, "mvsc", "mIoU"))]
         seconds = statistics.median(s for run in runs for s in run["log"]["seconds_per_step"])
         peak = statistics.median(run["peak_mib"] for run in runs)
-        lines.append("| " + " | ".join([*row, f"{seconds:.2f}", f"{peak:.0f}"]) + " |")
+        # Of two kinds of machine they would say nothing.
+        alike = len({run["machine"]["device"] for run in runs}) == 1
+        row += [f"{seconds:.2f}", f"{peak:.0f}"] if alike else ["", ""]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def overview(found: dict[tuple[str, str], Cells]) -> str:
+    """One row a schedule and head: what MVSC gained, with its weights and four times them."""
+    scores = {"mIoU": "mIoU", "aAcc": "pixel accuracy"}
+    head = ["schedule", "head", "mIoU of ce"]
+    head += [f"{arm}: {title}" for arm in ("mvsc", "mvsc@4") for title in scores.values()]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for (schedule, decoder), cells in found.items():
+        if "ce" not in cells:
+            continue
+        row = [schedule, decoder, spread([run["mIoU"] for run in cells["ce"].values()])]
+        for arm in ("mvsc", "mvsc@4"):
+            count = len(shared_seeds(cells, arm, "ce"))
+            for name in scores:
+                told = gain(paired(cells, arm, "ce", name))
+                row.append(f"{told} ({count})" if count and name == "mIoU" else told)
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -140,8 +162,10 @@ def group_similarity(cells: Cells, arm: str = "mvsc") -> str:
 
 def report(results: Path, shares: Shares | None) -> str:
     """Write everything that the kept scores tell."""
-    parts = []
-    for (schedule, head), cells in load(results).items():
+    found = load(results)
+    parts = ["### Gains at a glance", "In points, with 95 % interval and number of pairs."]
+    parts.append(overview(found))
+    for (schedule, head), cells in found.items():
         parts += heading(f"{head}, {schedule} schedule", cells)
         if above := on_top(cells):
             parts.append(above)
@@ -160,13 +184,12 @@ def report(results: Path, shares: Shares | None) -> str:
 
 def heading(title: str, cells: Cells) -> list[str]:
     """Tell what was run and on what, and the table of scores."""
-    any_run = next(iter(next(iter(cells.values())).values()))
-    where = any_run["machine"]
+    runs = [run for seeds in cells.values() for run in seeds.values()]
+    machines = {f"{run['machine']['device']}, torch {run['machine']['torch']}" for run in runs}
     return [
-        f"### {title}: {any_run['steps']} steps",
-        f"Batch {any_run['batch_size']}, images {any_run['size'][0]} x {any_run['size'][1]}, "
-        f"{where['device']}, torch {where['torch']}; mean ± standard deviation over seeds, in "
-        "percent.",
+        f"### {title}: {runs[0]['steps']} steps",
+        f"Batch {runs[0]['batch_size']}, images {runs[0]['size'][0]} x {runs[0]['size'][1]}; "
+        f"{' and '.join(sorted(machines))}; mean ± standard deviation over seeds, in percent.",
         table(cells),
     ]
 
