@@ -284,7 +284,7 @@ def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     keep("ce", 0, 5.0, "hold_out")
     keep("dice@2", 0, 6.0, "hold_out")
     text = report.report(tmp_path, {"wall": 0.9, "floor": 0.1})
-    first = text.partition("### segformer")[0]
+    first = report.overview(report.load(tmp_path))
     gained = "+2.00 [-10.71, +14.71] (2) | +0.00 [+0.00, +0.00]"
     assert f"| short | segformer | 43.00 ± 48.75 | {gained} |  |  |" in first
     assert "| long | segformer | 2.50 ± 2.12 |  |  | +1.00 (1) | +0.00 |" in first
@@ -319,6 +319,14 @@ def test_gains_are_told_for_rare_and_common_classes():
     told = report.class_gains(cells, shares, "mvsc")
     assert told.startswith("rarest 1 classes +4.00 [-8.71, +16.71], middle 1 classes -0.50 [")
     assert "commonest 1 classes +1.00 [+1.00, +1.00]; bed -0.5, wall +1.0, rug +4.0, ..." in told
+
+
+def test_the_kept_tables_are_those_of_the_kept_scores():
+    shares = json.loads((report.RESULTS / "classes.json").read_text("utf-8"))
+    told = report.report(report.RESULTS, shares)
+    assert (report.RESULTS / "report.md").read_text("utf-8") == told
+    told = report.overview(report.load(report.RESULTS))
+    assert (report.RESULTS / "overview.md").read_text("utf-8") == told + "\n"
 
 
 @pytest.mark.parametrize("head", study.HEADS)

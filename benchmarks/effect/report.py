@@ -1,4 +1,4 @@
-"""Print the tables of the study from its kept scores, and write them to results/report.md.
+"""Print the tables of the study from its kept scores, and write them to results/*.md.
 
     python benchmarks/effect/report.py
 
@@ -8,7 +8,6 @@ Differences are paired: the arm's score minus that of cross-entropy alone with t
 
 import json
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -162,10 +161,8 @@ def group_similarity(cells: Cells, arm: str = "mvsc") -> str:
 
 def report(results: Path, shares: Shares | None) -> str:
     """Write everything that the kept scores tell."""
-    found = load(results)
-    parts = ["### Gains at a glance", "In points, with 95 % interval and number of pairs."]
-    parts.append(overview(found))
-    for (schedule, head), cells in found.items():
+    parts = []
+    for (schedule, head), cells in load(results).items():
         parts += heading(f"{head}, {schedule} schedule", cells)
         if above := on_top(cells):
             parts.append(above)
@@ -196,6 +193,8 @@ def heading(title: str, cells: Cells) -> list[str]:
 
 if __name__ == "__main__":
     kept = RESULTS / "classes.json"
-    found = report(RESULTS, json.loads(kept.read_text("utf-8")) if kept.exists() else None)
-    sys.stdout.write(found)
-    (RESULTS / "report.md").write_text(found, "utf-8")
+    shares = json.loads(kept.read_text("utf-8")) if kept.exists() else None
+    texts = {"overview.md": overview(load(RESULTS)) + "\n", "report.md": report(RESULTS, shares)}
+    for name, text in texts.items():
+        print(text)
+        (RESULTS / name).write_text(text, "utf-8")
