@@ -1,6 +1,7 @@
 """The study of the effect: its arms train, its cells are kept, its tables are right."""
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -327,6 +328,21 @@ def test_the_kept_tables_are_those_of_the_kept_scores():
     assert (report.RESULTS / "report.md").read_text("utf-8") == told
     told = report.overview(report.load(report.RESULTS))
     assert (report.RESULTS / "overview.md").read_text("utf-8") == told + "\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_every_interval_in_the_prose_is_one_of_the_kept_scores(page):
+    shares = json.loads((report.RESULTS / "classes.json").read_text("utf-8"))
+    measured = report.report(report.RESULTS, shares)
+    for cells in report.load(report.RESULTS).values():
+        for pair, name in itertools.product(itertools.permutations(cells, 2), report.SCORES):
+            measured += report.gain(report.paired(cells, *pair, name)) + "\n"
+    text = " ".join((ROOT / page).read_text("utf-8").replace("\N{MINUS SIGN}", "-").split())
+    bound = r"[+-]\d+\.\d+"
+    told = re.findall(rf"([+-]?\d\.\d+)(?: mIoU| mAcc| points)? (\[{bound}, {bound}\])", text)
+    assert told
+    for value, interval in told:
+        assert f"{value if value[0] in '+-' else '+' + value} {interval}" in measured
 
 
 @pytest.mark.parametrize("head", study.HEADS)
