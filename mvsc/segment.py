@@ -119,7 +119,7 @@ def _index_add_sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
         sums.index_add_(0 if as_rows else 1, index, block.to(dtype))
         added += len(index)
     total = sums if total is None else total.add_(sums)
-    return total if as_rows else total.t()
+    return total if as_rows else total.t().contiguous()
 
 
 def _blocks(features: Tensor, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,17 +139,20 @@ def _scatter_sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
     Blocks are longer here, since each costs a few launches.
     """
-    dim, as_rows = features.shape[1], _is_channels_last(features)
+    dim, dtype = features.shape[1], _sum_dtype(features)
     images = max(_LONGEST_SUM // max(cells[:1].numel(), 1), 1)
-    total = features.new_zeros(num_cells, dim, dtype=_sum_dtype(features))
+    total = None
     parts = torch.split(features, images), torch.split(cells, images)
     for some, their_cells in zip(*parts, strict=True):
         rows = some.permute(0, 2, 3, 1).reshape(-1, dim)
         pixels = torch.split(rows, _LONGEST_SUM), torch.split(their_cells.flatten(), _LONGEST_SUM)
         for block, index in zip(*pixels, strict=True):
             each = index.unsqueeze(1).expand_as(block)
-            total += torch.zeros_like(total).scatter_add_(0, each, block.to(total.dtype))
-    return total if as_rows else total.t().contiguous().t()
+            sums = block.new_zeros(num_cells, dim, dtype=dtype)
+            sums.scatter_add_(0, each, block.to(dtype))
+            total = sums if total is None else total.add_(sums)
+    assert total is not None  # an empty map is one empty block
+    return total
 
 
 @torch.library.custom_op("mvsc::spread", mutates_args=())
@@ -179,10 +182,7 @@ def _is_channels_last(features: Tensor) -> bool:
 
 @_sum.register_fake
 def _(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    dim, dtype = features.shape[1], _sum_dtype(features)
-    if _is_channels_last(features):
-        return features.new_empty(num_cells, dim, dtype=dtype)
-    return features.new_empty(dim, num_cells, dtype=dtype).t()
+    return features.new_empty(num_cells, features.shape[1], dtype=_sum_dtype(features))
 
 
 @_spread.register_fake

@@ -142,7 +142,7 @@ BUGS = [
     ("distributed", "    if size < 1:", "    if False:", "a process outside the group gets its gradient negated"),
     ("distributed", "if not torch.equal(_bits(copied), _bits(copies[0])):", "if not torch.equal(copied, copies[0]):", "NaN in every process is taken for drift"),
     ("distributed", "    if not hasattr(parameter, \"device_mesh\"):", "    if True:", "the initial centroids of a shard are those of the whole"),
-    ("segment", "total += torch.zeros_like(total)", "total = torch.zeros_like(total)", "a block is lost on a GPU"),
+    ("segment", "            total = sums if total is None else total.add_(sums)\n    assert", "            total = sums\n    assert", "a block is lost on a GPU"),
     ("sampling", "torch.arange(groups, device=key.device) ^ _MASK ^ key", "torch.arange(_MASK, _MASK - groups, -1, device=key.device) ^ key", "a range beyond int32, which no GPU compiles"),
 ]  # fmt: skip
 
