@@ -3,9 +3,12 @@
 import importlib
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,8 @@ study = importlib.import_module("study")
 from data import open_split  # noqa: E402
 from models import build  # noqa: E402
 from recipes import Recipe  # noqa: E402
-from train import losses  # noqa: E402
+from train import losses, read_metrics  # noqa: E402
+from weights import load_state  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +235,7 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
     kept = json.loads(path.read_text())
     assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(kept)
     assert not any((tmp_path / "work" / "val").iterdir())
-    monkeypatch.setattr(subprocess, "run", lambda command: pytest.fail("ran again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda command: pytest.fail("ran again"))
     study.main(settings)
     shares = json.loads((tmp_path / "results" / "classes.json").read_text())
     assert tuple(shares) == open_split("folder", folder, "train").classes
@@ -251,6 +255,28 @@ def test_a_cell_is_a_process_of_its_own(folder, tmp_path):
     assert json.loads(path.read_text())["steps"] == 1
     links = (tmp_path / "work" / "hold_out_data" / "images").glob("*/*")
     assert sorted(link.parent.name for link in links) == ["train"] * 4 + ["val"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_cell_that_runs_and_starts_no_other(folder, tmp_path):
+    command = [
+        *(sys.executable, str(STUDY / "study.py"), "--data-root", str(folder)),
+        *("--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")),
+        *("--heads", "segformer", "--arms", "ce", "--steps", "3000", "--batch-size", "2"),
+        *("--size", "32", "32"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    cell = tmp_path / "work" / "val" / "short-segformer-ce-0"
+    while not read_metrics(cell / "metrics.jsonl"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.endswith("Stopped and saved; the same command goes on from here.\n")
+    assert "Traceback" not in errors
+    assert load_state(cell / "last.pt")["step"] >= read_metrics(cell / "metrics.jsonl")[-1]["step"]
+    assert [path.name for path in cell.parent.iterdir()] == [cell.name]
 
 
 def test_intervals_are_students():

@@ -114,7 +114,13 @@ def main(settings: Settings) -> None:
         print(f"== {cell}", flush=True)
         # A process for each cell: its peak memory is its own, and nothing is left over.
         command = [sys.executable, __file__, *sys.argv[1:], "--cell", cell]
-        if subprocess.run(command).returncode:
+        with subprocess.Popen(command) as process:
+            try:
+                failed = process.wait()
+            except KeyboardInterrupt:  # which the cell had from the terminal, too: it saves
+                process.wait()
+                raise
+        if failed:
             sys.exit(f"{cell} failed; the same command goes on from here.")
 
 
@@ -269,3 +275,7 @@ if __name__ == "__main__":
         run(chosen, chosen.cell) if chosen.cell else main(chosen)
     except ValueError as error:
         sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        if chosen.cell:
+            print("\nStopped and saved; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
