@@ -11,16 +11,9 @@ from matplotlib.figure import Figure
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "effect"))
 import report
 
-panels = [
-    (f"{head}, {schedule} schedule{note}", cells)
-    for kind, note in (("val", ""), ("hold_out", ", choice of strengths"))
-    for (schedule, head), cells in report.load(report.RESULTS, kind).items()
-]
-
-rows = -(-len(panels) // 2)
-figure = Figure((9, 4.2 * rows), layout="constrained")
-grid = figure.add_gridspec(rows, 2)
-named = {}
+# What one would choose among; variants of MVSC are in the tables.
+CHOICES = {"ce", "mvsc", "balanced", "dice", "lovasz", "pixel-contrast", "proxy-anchor", "centre"}
+CHOICES |= {"class-means"}
 
 
 def method(arm):
@@ -33,6 +26,18 @@ def strengths(arm):
     return [part.partition("@")[2] for part in arm.split("+")]
 
 
+panels = []
+for kind, note in (("val", ""), ("hold_out", ", choice of strengths")):
+    for (schedule, head), cells in report.load(report.RESULTS, kind).items():
+        shown = {arm: runs for arm, runs in cells.items() if {*method(arm).split("+")} <= CHOICES}
+        if len(shown) > 2:  # more than MVSC beside cross-entropy
+            panels.append((f"{head}, {schedule} schedule{note}", shown))
+
+rows = -(-len(panels) // 2)
+figure = Figure((9, 4.2 * rows), layout="constrained")
+grid = figure.add_gridspec(rows, 2)
+named = {}
+
 arms = sorted({method(arm) for _, cells in panels for arm in cells} - {"ce"})
 for place, (title, cells) in enumerate(panels):
     alone = place % 2 == 0 and place == len(panels) - 1
@@ -42,7 +47,7 @@ for place, (title, cells) in enumerate(panels):
     axes.axvline(0, color="0.8")
     axes.margins(0.15)
     for number, arm in enumerate(arms):
-        color = "black" if arm == "mvsc" else colormaps["turbo"](number / len(arms))
+        color = "black" if arm == "mvsc" else colormaps["tab20"](number)
         # A method's strengths in order, joined by a line; without a number it is 1, or the usual.
         names = sorted(
             (
