@@ -61,6 +61,7 @@ SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images
     "gpu": Schedule(596, (384, 288), 16),
 }
 BAND = 5  # pixels from a border between two labels
+INTERRUPTED = 130  # exit status, as of a shell
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def main(settings: Settings) -> None:
             except KeyboardInterrupt:  # which the cell had from the terminal, too: it saves
                 process.wait()
                 raise
+        if failed == INTERRUPTED:
+            sys.exit(INTERRUPTED)
         if failed:
             sys.exit(f"{cell} failed; the same command goes on from here.")
 
@@ -278,4 +281,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         if chosen.cell:
             print("\nStopped and saved; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
