@@ -604,19 +604,25 @@ def stop_after(module, cells, settings):
         module.train = original
 
 
+def press_ctrl_c(command, metrics, lines):
+    """Run a command until its file has so many lines, interrupt it, and return what it says."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    while len(training.read_metrics(metrics)) < lines:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    return errors
+
+
 @pytest.mark.slow
 def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, tmp_path):
     shape = "--steps 2000 --batch-size 2 --crop 32 32 --scale 64 48 --workers 2 --cpu"
     saving = "--no-pretrained --log-every 1 --save-every 5000 --eval-every 5000 --resume"
     command = [sys.executable, EXAMPLES / "train.py", "folder-segformer-lite0", *shape.split()]
     command += [*saving.split(), "--data-root", folder, "--out", tmp_path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
-    while len(training.read_metrics(tmp_path / "metrics.jsonl")) < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    errors = press_ctrl_c(command, tmp_path / "metrics.jsonl", 3)
     assert f"Stopped and saved in {tmp_path}; go on with --resume." in errors
     steps = [line["step"] for line in training.read_metrics(tmp_path / "metrics.jsonl")]
     assert state_of(tmp_path)["step"] == steps[-1] >= 3

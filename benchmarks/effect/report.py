@@ -6,6 +6,7 @@ Differences are paired: the arm's score minus that of cross-entropy alone with t
 95 % interval is Student's, over the seeds that both have.
 """
 
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -71,7 +72,7 @@ def table(cells: Cells, base: str = "ce") -> str:
         cells,
         key=lambda arm: (arm != base, -statistics.mean(paired(cells, arm, base, "mIoU") or [-99])),
     )
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    rows = []
     for arm in order:
         runs = cells[arm].values()
         row = [arm, str(len(runs)), *(spread([run[name] for run in runs]) for name in SCORES)]
@@ -82,27 +83,28 @@ def table(cells: Cells, base: str = "ce") -> str:
         # Of two kinds of machine they would say nothing.
         alike = len({run["machine"]["device"] for run in runs}) == 1
         row += [f"{seconds:.2f}", f"{peak:.0f}"] if alike else ["", ""]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(row)
+    return markdown(head, *rows)
 
 
 def overview(found: dict[tuple[str, str], Cells]) -> str:
     """One row a schedule and head: what MVSC gained, with its weights and four times them."""
-    scores = {"mIoU": "mIoU", "aAcc": "pixel accuracy"}
-    head = ["schedule", "head", "mIoU of ce"]
-    head += [f"{arm}: {title}" for arm in ("mvsc", "mvsc@4") for title in scores.values()]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    told = list(itertools.product(("mvsc", "mvsc@4"), ("mIoU", "aAcc")))
+    head = ["schedule", "head", "mIoU of ce", *(f"{arm}: {SCORES[name]}" for arm, name in told)]
+    rows = []
     for (schedule, decoder), cells in found.items():
         if "ce" not in cells:
             continue
         row = [schedule, decoder, spread([run["mIoU"] for run in cells["ce"].values()])]
-        for arm in ("mvsc", "mvsc@4"):
-            count = len(shared_seeds(cells, arm, "ce"))
-            for name in scores:
-                told = gain(paired(cells, arm, "ce", name))
-                row.append(f"{told} ({count})" if count and name == "mIoU" else told)
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        for arm, name in told:
+            gains = paired(cells, arm, "ce", name)
+            row.append(gain(gains) + (f" ({len(gains)})" if gains and name == "mIoU" else ""))
+        rows.append(row)
+    return markdown(head, *rows)
+
+
+def markdown(head: list[str], *rows: list[str]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def on_top(cells: Cells) -> str:
