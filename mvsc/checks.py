@@ -155,14 +155,6 @@ def check_classifier(classifier: object, dim: int, num_classes: int) -> None:
             f"classifier must read all features at once, got a Conv2d with "
             f"groups={classifier.groups}. Pass a callable that maps (N, {dim}, 1, 1) to logits."
         )
-    if isinstance(classifier, nn.Conv2d) and is_sharded(classifier):
-        kernel = classifier.kernel_size
-        if kernel != (1, 1):
-            raise ValueError(
-                f"classifier must not be sharded on its own if its kernel is larger than 1 x 1, "
-                f"got a sharded Conv2d with kernel_size={kernel}. "
-                "Leave it to the root's fully_shard."
-            )
 
 
 def is_sharded(module: object) -> bool:
@@ -175,7 +167,7 @@ def check_logits(logits: object, count: int, num_classes: int) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"classifier must return a tensor of logits, got {_describe(logits)}.")
     shape = tuple(logits.shape)
-    if len(shape) >= 2 and shape[0] == count and shape[1] != num_classes:
+    if len(shape) in (2, 4) and shape[0] == count and shape[1] != num_classes:
         raise ValueError(_wrong_classes(num_classes, shape[1]))
     if shape not in ((count, num_classes), (count, num_classes, 1, 1)):
         raise ValueError(

@@ -162,9 +162,10 @@ class MVSCRegularizer(nn.Module):
                 ``(batch, dim, h, w)``, any floating dtype and memory layout. Never modified.
             labels: Y, shape ``(batch, H, W)``, any integer dtype, of any size; brought to the
                 feature grid (R15).
-            classifier: the model's own pixel classifier: a Conv2d (k x k: as it would answer
-                inside a uniform region, R13), a Linear, or any callable that maps
-                ``(N, dim, 1, 1)`` to ``(N, num_classes, 1, 1)`` or ``(N, num_classes)``.
+            classifier: the model's own pixel classifier: a Conv2d, a Linear, or any callable
+                that maps ``(N, dim, 1, 1)`` to ``(N, num_classes, 1, 1)`` or
+                ``(N, num_classes)``. A k x k convolution, alone or inside a module, answers as
+                inside a uniform region (R13).
 
         Returns:
             Scalar, float32 (float64 for float64 features), at least 0. Without a labelled
@@ -319,10 +320,15 @@ class MVSCRegularizer(nn.Module):
         else:
             parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
             dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
-            as_map = not isinstance(classifier, nn.Linear)
-            logits = classifier(
-                vectors.to(dtype)[:, :, None, None] if as_map else vectors.to(dtype)
-            )
+            inputs = vectors.to(dtype)
+            rows, columns = _reach(classifier)
+            if not isinstance(classifier, nn.Linear):
+                inputs = inputs[:, :, None, None].repeat(1, 1, rows, columns)
+            logits = classifier(inputs)
+            if rows * columns > 1 and isinstance(logits, Tensor) and logits.ndim == 4:
+                # The centre of the region, where no padding is seen.
+                height, width = logits.shape[2:]
+                logits = logits[:, :, (height - 1) // 2, (width - 1) // 2]
             checks.check_logits(logits, len(vectors), self.num_classes)
         return logits.reshape(len(vectors), self.num_classes).to(vectors.dtype)
 
@@ -439,6 +445,16 @@ def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:
     forwards = (nn.Conv2d.forward, nn.Linear.forward)
     plain = isinstance(classifier, (nn.Conv2d, nn.Linear)) and type(classifier).forward in forwards
     return plain and not checks.is_sharded(classifier)
+
+
+def _reach(classifier: Classifier) -> tuple[int, int]:
+    """Return the rows and columns around a pixel that a classifier looks at."""
+    rows = columns = 1
+    for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
+        if isinstance(layer, nn.Conv2d):
+            rows += layer.dilation[0] * (layer.kernel_size[0] - 1)
+            columns += layer.dilation[1] * (layer.kernel_size[1] - 1)
+    return rows, columns
 
 
 def _capturing(device: torch.device) -> bool:

@@ -87,7 +87,7 @@ def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor
 #
 # A plain read of the float32 map took 2 ms and a plain write 14 ms in that run, in bf16 half of
 # it. On a GPU (H200, torch 2.11, B=16) gradients go the same ways, sums by scatter_add of rows: in
-# the same order of maps 0.70, 0.79, 0.21 and 0.40 ms; index_add took 1.01, 1.21, 0.54 and 0.70
+# the same order of maps 0.69, 0.78, 0.19 and 0.38 ms; index_add took 1.01, 1.21, 0.54 and 0.70
 # (`benchmarks/bench_sums.py`). Where the user asks for deterministic algorithms it is index_add
 # again: that sorts the pixels, scatter_add would sort every value.
 

@@ -91,7 +91,7 @@ BUGS = [
     ("regularizer", "if self.enhance else centroids", "if True else centroids", "enhance=False ignored"),
     ("regularizer", "dim, dtype=torch.float32)", "dim)", "centroids in the default dtype"),
     ("regularizer", "persistent=False", "persistent=True", "a new key in the state"),
-    ("regularizer", "vectors.to(dtype)[:, :, None, None] if as_map", "vectors[:, :, None, None] if as_map", "V' not cast for a half-precision classifier"),
+    ("regularizer", "inputs = vectors.to(dtype)", "inputs = vectors", "V' not cast for a half-precision classifier"),
     ("regularizer", "if self._idle_steps == _IDLE_STEPS and", "if False and", "forgotten centroids go unnoticed"),
     ("distributed", "_all_reduce(grad, ctx.group) / dist.get_world_size(ctx.group), None", "_all_reduce(grad, ctx.group), None", "sum for mean over processes"),
     ("distributed", "        return _all_reduce(grad, ctx.group), None", "        return grad, None", "the encoder's gradient shrinks by the number of processes"),
@@ -144,6 +144,7 @@ BUGS = [
     ("distributed", "    if not hasattr(parameter, \"device_mesh\"):", "    if True:", "the initial centroids of a shard are those of the whole"),
     ("segment", "            total = sums if total is None else total.add_(sums)\n    assert", "            total = sums\n    assert", "a block is lost on a GPU"),
     ("sampling", "torch.arange(groups, device=key.device) ^ _MASK ^ key", "torch.arange(_MASK, _MASK - groups, -1, device=key.device) ^ key", "a range beyond int32, which no GPU compiles"),
+    ("regularizer", "rows += layer.dilation[0] * (layer.kernel_size[0] - 1)", "pass", "a k x k convolution in a Sequential sees a border of zeros"),
 ]  # fmt: skip
 
 

@@ -180,6 +180,48 @@ def test_weights_fade_to_nothing():
         torch.testing.assert_close(reg.total(terms), whole * share)
 
 
+def test_slow_centroids_have_a_tenth_of_the_rate():
+    group = arms.Slow(num_classes=3, dim=2, groups=2).param_group(lr=0.5)
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.05, 0.0, 1)
+
+
+def test_the_memory_is_the_first_mean_and_then_follows():
+    reg = arms.Memory(num_classes=2, dim=1, groups=2)
+    means = torch.tensor([[[4.0], [7.0]], [[1.0], [0.0]]], requires_grad=True)
+    enhanced = reg.enhanced(means, torch.tensor([[1, 0], [2, 0]]))
+    assert reg.memory.flatten().tolist() == [2.0, 0.0]
+    assert enhanced.flatten().tolist() == [2.0, 0.0, 2.0, 0.0]
+    enhanced.sum().backward()
+    assert means.grad.flatten().tolist() == [1.0] * 4
+    reg.enhanced(means * 0 + 7, torch.tensor([[0, 3], [1, 0]]))
+    assert reg.memory.flatten().tolist() == [2.5, 7.0]
+    copy = arms.Memory(num_classes=2, dim=1, groups=2)
+    copy.load_state_dict(reg.state_dict())
+    assert torch.equal(copy.memory, reg.memory)
+    assert copy.seen.all()
+
+
+def test_a_margin_lowers_the_cosine_to_the_own_class():
+    reg = arms.Margin(num_classes=3, dim=2, groups=1, temperature=0.5)
+    means = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])
+    targets = torch.tensor([[1.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
+    loss = reg.align(means, targets, torch.tensor([[True, True, False]]))
+    e = torch.tensor([0.9, 0.6, 0.0, 0.7]).div(0.5).exp()
+    by_hand = -((e[0] / (e[0] + e[1])).log() + (e[3] / (e[2] + e[3])).log()) / 2
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_a_learned_temperature_begins_as_the_given_one_and_moves():
+    reg = arms.LearnedTemperature(num_classes=4, dim=6, temperature=0.2)
+    fixed = arms.Variant(num_classes=4, dim=6, temperature=0.2)
+    optimizer = torch.optim.SGD([reg.param_group(lr=0.1)])
+    terms = reg.terms(*draw(reg))
+    torch.testing.assert_close(terms.align, fixed.terms(*draw(fixed)).align)
+    reg.total(terms).backward()
+    optimizer.step()
+    assert reg.log_temperature.exp().item() != pytest.approx(0.2)
+
+
 def test_whole_images_are_dealt_evenly_to_the_groups():
     reg = arms.ByImage(num_classes=3, dim=2, groups=4)
     label = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)

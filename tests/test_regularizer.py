@@ -197,13 +197,29 @@ def test_nan_in_a_labelled_pixel_stays_visible():
     assert step.loss().isnan()
 
 
-def test_a_k_by_k_classifier_answers_as_inside_a_uniform_region():
+@pytest.mark.parametrize(
+    "wide",
+    [
+        nn.Conv2d(6, 5, 3, padding=1),
+        nn.Sequential(nn.Conv2d(6, 5, 3, padding=1)),
+        nn.Sequential(nn.Identity(), nn.Conv2d(6, 5, (1, 3), padding="same", dilation=2)),
+        nn.Sequential(nn.Conv2d(6, 5, 3)),
+        nn.Sequential(nn.Conv2d(6, 5, 2, padding="same")),
+        nn.Sequential(nn.Conv2d(6, 5, 4, padding=1)),
+        nn.Sequential(nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect")),
+        nn.Sequential(nn.Conv2d(6, 7, 3, padding=1), nn.ReLU(True), nn.Conv2d(7, 5, 5, padding=2)),
+    ],
+    ids=["bare", "in a list", "same", "no padding", "even", "even with padding", "reflect", "two"],
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_a_k_by_k_classifier_answers_as_inside_a_uniform_region(wide):
     step = example()
-    wide = nn.Conv2d(6, 5, 3, padding=1)
-    uniform = step.reg.centroids[0, 0].detach()[None, :, None, None].expand(1, 6, 9, 9)
-    inside = wide(uniform)[0, :, 4, 4]
-    vector = step.reg.centroids[0, 0].detach()[None]
-    assert_close(step.reg._classify(vector, wide)[0], inside)
+    vectors = step.reg.centroids[0].detach()
+    uniform = vectors[:, :, None, None].expand(-1, -1, 21, 21)
+    inside = wide(uniform)
+    height, width = inside.shape[2:]
+    expected = inside[:, :, height // 2, width // 2]
+    assert_close(step.reg._classify(vectors, wide), expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "callable on maps", "callable to vectors", "subclass"])

@@ -146,13 +146,14 @@ class Variant(MVSCRegularizer):
         cells = self.split(features, grid)
         sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
         means, present = equations.class_group_means(sums, counts, self.groups)
-        enhanced = equations.enhance_centroids(self.centroids, means)
+        counts = counts.view_as(present)
+        enhanced = self.enhanced(means, counts)
         to_group = self.align_to == "group"
         targets = self.centroids if to_group else equations.global_centroids(self.centroids)
         return MVSCTerms(
-            equations.alignment_loss(means, targets, present, self.temperature),
+            self.align(means, targets, present),
             self.pull(),
-            self.classify(enhanced, counts.view_as(present), linear(classifier)),
+            self.classify(enhanced, counts, linear(classifier)),
         )
 
     def split(self, features: Tensor, grid: Tensor) -> Tensor:
@@ -160,9 +161,15 @@ class Variant(MVSCRegularizer):
         key = stream_key(self.seed, self.step)
         return draw_groups(grid, self.groups, self.num_classes, key)
 
+    def align(self, means: Tensor, targets: Tensor, present: Tensor) -> Tensor:
+        return equations.alignment_loss(means, targets, present, self.temperature)
+
     def pull(self) -> Tensor:
         order = draw_halves(self.groups, stream_key(self.seed, self.step))
         return equations.centroid_pull_loss(self.centroids, order)
+
+    def enhanced(self, means: Tensor, counts: Tensor) -> Tensor:
+        return equations.enhance_centroids(self.centroids, means)
 
     def classify(self, enhanced: Tensor, counts: Tensor, classifier: Vectors) -> Tensor:
         return equations.centroid_classification_loss(enhanced, counts > 0, classifier)
@@ -229,6 +236,59 @@ class Fading(Variant):
 
     def total(self, terms: MVSCTerms) -> Tensor:
         return super().total(terms) * (1 - self.step / self.steps).clamp_min(0)
+
+
+class Slow(Variant):
+    """Lets the centroids learn at a tenth of the rate, so that L_v does not fall by them alone."""
+
+    def param_group(self, **overrides: Any) -> dict[str, Any]:
+        group = super().param_group(**overrides)
+        return {**group, "lr": group["lr"] / 10}
+
+
+class Memory(Variant):
+    """Keeps a running mean of each class, and has L_v look there, not at the centroids."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.register_buffer("memory", torch.zeros(self.num_classes, self.dim))
+        self.register_buffer("seen", torch.zeros(self.num_classes, 1, dtype=torch.bool))
+
+    def enhanced(self, means: Tensor, counts: Tensor) -> Tensor:
+        with torch.no_grad():
+            pixels = counts.sum(dim=0)[:, None]
+            now = (means * counts[..., None]).sum(dim=0) / pixels.clamp_min(1)
+            followed = torch.where(self.seen, self.memory.lerp(now, 0.1), now)
+            self.memory = torch.where(pixels > 0, followed, self.memory)
+            self.seen = self.seen | (pixels > 0)
+        return equations.enhance_centroids(self.memory.expand_as(means), means)
+
+
+class Margin(Variant):
+    """Asks in Eq. (2) for a cosine that is 0.1 higher than those to other classes."""
+
+    def align(self, means: Tensor, targets: Tensor, present: Tensor) -> Tensor:
+        cosines = F.normalize(means, dim=2) @ F.normalize(targets, dim=-1).mT
+        cosines = cosines - 0.1 * torch.eye(self.num_classes, device=cosines.device)
+        absent = ~present.any(dim=0)
+        return equations.centroid_classification_loss(
+            cosines / self.temperature, present, lambda each: each.masked_fill(absent, -1e30)
+        )
+
+
+class LearnedTemperature(Variant):
+    """Learns the temperature of Eq. (2) beside the centroids."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.log_temperature = nn.Parameter(torch.tensor(self.temperature).log())
+
+    def param_group(self, **overrides: Any) -> dict[str, Any]:
+        return {**super().param_group(**overrides), "params": list(self.parameters())}
+
+    def align(self, means: Tensor, targets: Tensor, present: Tensor) -> Tensor:
+        temperature = self.log_temperature.exp().clamp_min(0.01)
+        return equations.alignment_loss(means, targets, present, temperature)
 
 
 def class_pixels(data: SegmentationData) -> Tensor:
@@ -301,6 +361,10 @@ ARMS: dict[str, Arm] = {
     "all-classes": Arm(variant=AllClasses),
     "apart": Arm(variant=Apart, reg={"align_to": "group"}),
     "fading": Arm(variant=Fading),
+    "slow": Arm(variant=Slow),
+    "memory": Arm(variant=Memory),
+    "margin": Arm(variant=Margin),
+    "learned-temperature": Arm(variant=LearnedTemperature),
     # What a user would pick instead.
     "balanced": Arm(mvsc=False, criterion=balanced, strength=0.5),
     "dice": Arm(mvsc=False, criterion=dice, strength=0.5),
