@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
+from mvsc import checks
 from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, Linear, find_classifier
 from mvsc.regularizer import MVSCRegularizer
@@ -38,7 +39,8 @@ _USED_UP = (
 _TWO_FORWARDS = (
     "The classifier ran more than once since the last loss, so it is open which features belong "
     "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
-    "forward that has no loss of its own."
+    "forward that has no loss of its own. If the model itself calls it more than once, pass the "
+    "features to MVSCRegularizer."
 )
 _NO_LABELS = (
     "Two forwards in a row got no labels, so add_to_loss had nothing to add. Pass labels to the "
@@ -85,8 +87,9 @@ def attach(
         groups: G.
         add_to_loss: whether to add the loss to ``output.loss`` of a model that takes ``labels``,
             as those of transformers do: then no training loop has to be touched.
-        **options: of :class:`MVSCRegularizer`. ``ignore_index`` is that of the model's
-            transformers config if it has one.
+        **options: of :class:`MVSCRegularizer`. ``ignore_index``, by default 255, or that of the
+            model's transformers config, should be that of the model's own loss. ``num_classes``
+            and ``dim`` are the classifier's; if given, they have to be.
 
     Returns:
         The regularizer, on the model's device. Its centroids have to be given to the optimizer,
@@ -94,7 +97,8 @@ def attach(
 
     Raises:
         ClassifierNotFoundError: if no classifier is certain; it lists the candidates.
-        ValueError: if the model cannot be tapped (DataParallel, FSDP1, attached already).
+        ValueError: if the model cannot be tapped (DataParallel, FSDP1, attached already), or the
+            classifier gives a single logit or not the ``num_classes`` that were given.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1))
@@ -114,6 +118,9 @@ def attach(
         dim, num_classes = layer.in_channels, layer.out_channels
     else:
         dim, num_classes = layer.in_features, layer.out_features
+    sizes = {"dim": dim, "num_classes": num_classes}
+    checks.check_sizes_of_classifier(path, sizes, options)
+    options = {name: value for name, value in options.items() if name not in sizes}
     regularizer = MVSCRegularizer(num_classes, dim, groups, **options)
     return AttachedRegularizer(model, path, regularizer.to(layer.weight.device), add_to_loss)
 
@@ -123,8 +130,9 @@ class AttachedRegularizer(nn.Module):
 
     Made by :func:`attach`. Call it once after each forward in training mode; what cannot be
     meant (no forward since the last call, two of them, features without gradient) is an error.
-    As a context manager it detaches on leaving. Its state dict is that of ``regularizer``; a
-    copy or an unpickled one is attached to nothing.
+    As a context manager it detaches on leaving. Its state, ``regularizer.centroids`` and
+    ``regularizer.step``, is to be saved beside the model's; settings are those of
+    ``regularizer``. A copy or an unpickled one is attached to nothing.
 
     Attributes:
         regularizer: the :class:`MVSCRegularizer`.
@@ -143,6 +151,15 @@ class AttachedRegularizer(nn.Module):
         if add_to_loss:
             self._tap.add_to_loss(model, self)
         logger.info("attached to classifier %r of %s", path, type(model).__name__)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a setting of ``regularizer``, which would be without effect here."""
+        inside = self.__dict__.get("_modules", {}).get("regularizer")
+        if hasattr(inside, name) and not hasattr(self, name):
+            raise AttributeError(
+                f"{name} is a setting of the regularizer inside. Set reg.regularizer.{name}."
+            )
+        super().__setattr__(name, value)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Compute the loss of the last forward, see :meth:`MVSCRegularizer.forward`.

@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ONE_LOGIT = (
+    "One logit stands for two classes: pass the features to MVSCRegularizer with num_classes=2 "
+    "and, for a layer conv, lambda v: torch.cat([torch.zeros_like(conv(v)), conv(v)], dim=1)."
+)
+
 _CHANNEL_DROPOUTS_AND_NORMS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
@@ -68,7 +73,8 @@ def check_labels(labels: object, features: Tensor | None = None) -> Tensor:
     """
     if not isinstance(labels, Tensor):
         raise TypeError(
-            f"labels must be an integer tensor of class indices, got {_describe(labels)}."
+            f"labels must be an integer tensor of class indices, got {_describe(labels)}. "
+            "Use torch.as_tensor(labels)."
         )
     if not _is_integer(labels):
         raise TypeError(
@@ -157,6 +163,21 @@ def check_classifier(classifier: object, dim: int, num_classes: int) -> None:
         )
 
 
+def check_sizes_of_classifier(path: str, sizes: dict[str, int], given: dict[str, Any]) -> None:
+    """Raise unless the layer at ``path`` has a logit for each class and the sizes given."""
+    if sizes["num_classes"] == 1:
+        raise ValueError(
+            f"classifier must return a logit for each class, got {path!r}, which returns one. "
+            f"{ONE_LOGIT}"
+        )
+    for name, found in sizes.items():
+        if given.get(name, found) != found:
+            raise ValueError(
+                f"{name} must be that of the classifier, {found} of {path!r}, got {given[name]}. "
+                "Name another layer, classifier=..., or leave it away."
+            )
+
+
 def is_sharded(module: object) -> bool:
     """Return whether a module's weight is spread over processes (a DTensor of FSDP2)."""
     return hasattr(getattr(module, "weight", None), "full_tensor")
@@ -199,7 +220,8 @@ def warn_of_idle_centroids(steps: int) -> None:
     """Warn that the centroids get a gradient and no optimizer uses it."""
     warnings.warn(
         f"the centroids have a gradient but have not changed in {steps} steps: the optimizer does "
-        "not know them. Add optimizer.add_param_group(reg.param_group()).",
+        "not know them. Add optimizer.add_param_group(reg.param_group()). (If it does, then "
+        "gradients are accumulated for longer than that, or a fused optimizer keeps them.)",
         stacklevel=6,
     )
 
@@ -464,6 +486,8 @@ def _number(name: str, value: Any) -> float:
 
 
 def _wrong_classes(num_classes: int, got: int) -> str:
+    if got == 1:
+        return f"classifier must return num_classes={num_classes} logits, got one. {ONE_LOGIT}"
     return (
         f"classifier must return num_classes={num_classes} logits, got {got}. "
         f"Build MVSCRegularizer with num_classes={got} or pass the classifier of these classes."

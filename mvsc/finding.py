@@ -2,13 +2,15 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mvsc.checks import ONE_LOGIT
 
 Linear = nn.Conv2d | nn.Linear
 
@@ -50,6 +52,8 @@ _LRASPP_RECIPE = (
 
 _SAME = 1e-3
 """Relative distance up to which a layer's resized output is taken for the logits."""
+
+_SINGLE = "gives one logit, which stands for two classes"
 
 _LISTED = 12
 
@@ -103,6 +107,11 @@ def find_classifier(
 
 def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
     paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    if not isinstance(classifier, str | nn.Module):
+        raise TypeError(
+            f"classifier must be a module of the model or its path, got {classifier!r}. "
+            "Pass for example 'decode_head.classifier'."
+        )
     if isinstance(classifier, nn.Module):
         if classifier not in paths:
             raise ValueError(
@@ -135,7 +144,7 @@ def _linear_inside(model: nn.Module, path: str) -> str:
     raise ValueError(
         "classifier must be a Conv2d or a Linear, or hold just one, got "
         f"{type(module).__name__} {path!r} with {found or 'no parameters'}. "
-        "Name the last linear layer alone."
+        "Name the last linear layer alone, or pass the features to MVSCRegularizer."
     )
 
 
@@ -178,7 +187,8 @@ def _candidates(model: nn.Module) -> dict[str, str]:
     """Return the linear layers that no other layer reads from, with '' or what speaks against.
 
     Nothing follows a classifier, so nothing in the model is as wide as its classes; only the
-    first layer, which reads the image, may be by chance.
+    first layer, which reads the image, may be by chance. Layers with a single logit are no
+    candidates, and returned only if there is no other.
     """
     # A linear layer with a parametrization has children too.
     layers = {
@@ -187,17 +197,20 @@ def _candidates(model: nn.Module) -> dict[str, str]:
         if isinstance(module, Linear) or not [*module.children()]
     }
     read = [(path, _width_read(layer)) for path, layer in layers.items() if _width_read(layer)]
-    candidates = {}
+    candidates, single = {}, {}
     for path, layer in layers.items():
         width = _width_given(layer)
-        if width < 2 or any(width == other for reader, other in read[1:] if reader != path):
+        if width < 1 or any(width == other for reader, other in read[1:] if reader != path):
+            continue
+        if width == 1:
+            single[path] = _SINGLE
             continue
         candidates[path] = ""
         if not isinstance(layer, nn.Conv2d):
             candidates[path] = "a Linear, which may answer for something else than a pixel"
         if "aux" in path.lower():
             candidates[path] = "auxiliary, by its name"
-    return candidates
+    return candidates or single
 
 
 def _width_read(layer: nn.Module) -> int:
@@ -226,7 +239,8 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     if path in proven or (path is None and len(proven) == 1):
         return proven[0] if path is None else path
     fits = "its output is the logits"
-    raise _not_found(model, {name: reason or fits for name, reason in reasons.items()})
+    listed = {name: reason or fits for name, reason in reasons.items()}
+    raise _not_found(model, listed, refuted=[name for name in reasons if reasons[name]])
 
 
 def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], Tensor]:
@@ -299,7 +313,9 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
     return "" if distance <= _SAME * float(logits.norm()) else "its output is not the logits"
 
 
-def _not_found(model: nn.Module, candidates: dict[str, str]) -> ClassifierNotFoundError:
+def _not_found(
+    model: nn.Module, candidates: dict[str, str], refuted: Sequence[str] = ()
+) -> ClassifierNotFoundError:
     """Build the error: the candidates, why none was taken, and what to write instead."""
     modules = dict(model.named_modules())
     queries = [path for path in modules if path.split(".")[-1] in _QUERY_CLASSIFIERS]
@@ -317,10 +333,14 @@ def _not_found(model: nn.Module, candidates: dict[str, str]) -> ClassifierNotFou
         lines.append(_QUERY_RECIPE)
     elif any(type(module).__name__ == "LRASPPHead" for module in modules.values()):
         lines.append(_LRASPP_RECIPE)
+    elif _SINGLE in candidates.values():
+        lines.append(ONE_LOGIT)
     else:
-        line = f'mvsc.attach(model, classifier="{next(reversed(candidates), "path.to.it")}")'
-        lines.append(
-            f"If one layer turns the features of each pixel into its logits, name it: {line}. "
-            "Otherwise pass features and a classifier to MVSCRegularizer."
-        )
+        named = [path for path in candidates or ["path.to.it"] if path not in refuted]
+        if named:
+            line = f'mvsc.attach(model, classifier="{named[-1]}")'
+            lines.append(
+                f"If one layer turns the features of each pixel into its logits, name it: {line}."
+            )
+        lines.append("Otherwise pass features and a classifier to MVSCRegularizer.")
     return ClassifierNotFoundError("\n".join(lines))

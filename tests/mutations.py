@@ -145,6 +145,8 @@ BUGS = [
     ("segment", "            total = sums if total is None else total.add_(sums)\n    assert", "            total = sums\n    assert", "a block is lost on a GPU"),
     ("sampling", "torch.arange(groups, device=key.device) ^ _MASK ^ key", "torch.arange(_MASK, _MASK - groups, -1, device=key.device) ^ key", "a range beyond int32, which no GPU compiles"),
     ("regularizer", "rows += layer.dilation[0] * (layer.kernel_size[0] - 1)", "pass", "a k x k convolution in a Sequential sees a border of zeros"),
+    ("attach", "        if hasattr(inside, name) and not hasattr(self, name):", "        if False:", "a setting that is set in vain"),
+    ("attach", "    checks.check_sizes_of_classifier(path, sizes, options)\n", "", "a single logit, or other classes than the user said, are taken"),
 ]  # fmt: skip
 
 

@@ -693,13 +693,20 @@ def test_an_example_looks_through_the_upsampling(images, corners):
     assert attach(Upsampling(), example=images).classifier_path == "classifier"
 
 
-def test_an_example_refuses_a_classifier_that_is_called_twice(images):
+def test_what_an_example_refutes_is_not_proposed(images, labels):
     class Twice(Net):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images) + super().forward(images.flip(-1))
 
-    with pytest.raises(ClassifierNotFoundError, match="called 2 times in one forward"):
+    with pytest.raises(ClassifierNotFoundError, match="called 2 times in one forward") as error:
         attach(Twice(), example=images)
+    assert "Otherwise pass features and a classifier to MVSC" in str(error.value)
+    assert "name it" not in str(error.value)
+    model = Twice()
+    reg = attach(model)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"calls it more than once, pass the features to MVSC"):
+        reg(labels)
 
 
 def test_an_example_without_logits_raises(images):
@@ -728,6 +735,53 @@ def test_options_reach_the_regularizer():
     assert reg.regularizer.ignore_index == 0
     assert "classifier_path='classifier'" in repr(reg)
     assert isinstance(reg, AttachedRegularizer)
+
+
+def test_the_sizes_are_the_classifiers():
+    with attach(Net(), num_classes=CLASSES, dim=DIM) as reg:
+        assert (reg.regularizer.num_classes, reg.regularizer.dim) == (CLASSES, DIM)
+    # The labels of 5 classes would fit a layer of 20, whose channels PixelShuffle rearranges.
+    shuffled = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.Conv2d(DIM, 20, 1), nn.PixelShuffle(2))
+    with pytest.raises(ValueError, match=r"num_classes must be .*, 20 of '1', got 5\. Name"):
+        attach(shuffled, num_classes=5)
+
+
+def test_a_single_logit_is_refused_with_the_way_to_do_it(images, labels):
+    model = Net(classes=1)
+    for name in (None, "classifier"):
+        with pytest.raises(ValueError, match=r"(?s)one.*num_classes=2.*torch\.cat"):
+            attach(model, classifier=name)
+    with pytest.raises(ValueError, match=r"got one\. One logit stands for two.*num_classes=2"):
+        MVSCRegularizer(2, DIM)(model.encoder(images), labels % 2, model.classifier)
+
+    def conv(vectors: Tensor) -> Tensor:
+        return model.classifier(vectors)
+
+    found = MVSCRegularizer(2, DIM).terms(
+        model.encoder(images),
+        labels % 2,
+        lambda v: torch.cat([torch.zeros_like(conv(v)), conv(v)], dim=1),
+    )
+    logits = conv(MVSCRegularizer(2, DIM).centroids.flatten(0, 1)[:, :, None, None]).flatten()
+    target = torch.arange(2.0).repeat(4)
+    assert_close(found.classify, F.binary_cross_entropy_with_logits(logits, target))
+
+
+def test_a_classifier_is_named_by_a_module_or_a_path():
+    with pytest.raises(TypeError, match="a module of the model or its path, got 2"):
+        attach(Net(), classifier=2)
+
+
+def test_a_setting_is_set_where_it_has_an_effect(images, labels):
+    model = Net()
+    reg = attach(model)
+    with pytest.raises(AttributeError, match=r"Set reg\.regularizer\.align_weight\."):
+        reg.align_weight = 0.0
+    reg.regularizer.align_weight = reg.regularizer.classify_weight = 0.0
+    reg.regularizer.pull_weight = 0.0
+    model(images)
+    assert reg(labels) == 0
+    reg.note = "of my own"
 
 
 def test_the_ignored_label_of_the_models_config_gives_way_to_the_users():
