@@ -297,6 +297,31 @@ def test_nothing_keeps_the_features_alive_after_backward(images, labels):
     assert features() is None
 
 
+def test_nothing_keeps_the_features_alive_after_detach(images):
+    model = Net()
+    reg = attach(model)
+    logits = model(images)
+    features = weakref.ref(reg._tap.features)
+    reg.detach()
+    del logits
+    assert features() is None
+
+
+def test_features_may_be_passed_by_name(images, labels):
+    class ByName(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier(input=self.dropout(input=self.encoder(images)))
+
+    losses = []
+    for kind in (Net, ByName):
+        torch.manual_seed(1)
+        model = kind(nn.Dropout(0.5))
+        reg = attach(model)
+        model(images)
+        losses.append(reg(labels))
+    assert_close(*losses, rtol=0, atol=0)
+
+
 # Never silent.
 
 

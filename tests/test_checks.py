@@ -111,6 +111,8 @@ def test_labels_out_of_range_are_listed_with_the_usual_causes():
         call(labels=labels)
     with pytest.raises(ValueError, match="got 10 .* and 5 more values"):
         call(labels=torch.arange(10, 20).reshape(1, 2, 5).expand(2, -1, -1))
+    with pytest.raises(ValueError, match=r"14 \(2 px\)\. The usual"):
+        call(labels=torch.arange(10, 15).expand(2, 2, -1).contiguous()[:, :1])
 
 
 def test_a_wrong_label_that_the_grid_does_not_sample_is_found_too():

@@ -279,9 +279,9 @@ def test_a_missing_matplotlib_is_named_with_the_extra():
             "labels must have shape (height, width), got (2, 24, 32). Resize or index",
         ),
         (
-            lambda: plotting.draw_classes(panel(), LABELS[0] + 7),
+            lambda: plotting.draw_classes(panel(), LABELS[0] + 1),
             ValueError,
-            "labels must be in 0 .. 255 to have a colour, got values from 7 to 262. Set what",
+            "labels must be in 0 .. 255 to have a colour, got values from 1 to 256. Set what",
         ),
         (
             lambda: plotting.draw_difference(panel(), LABELS[0], LABELS[0, :9]),
