@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -315,8 +316,9 @@ class _Tap:
         return False
 
     def _before_dropout(self, module: _DropoutNd, args: tuple[Any, ...], kwargs: Any) -> None:
-        if self.listens(module):
-            features = _first(args, kwargs)
+        features = _first(args, kwargs)
+        # Of several in a row the first one counts.
+        if self.listens(module) and (self.dropped is None or self.dropped is not features):
             self.undropped = features.clone() if module.inplace else features
 
     def _after_dropout(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -400,13 +402,14 @@ def _entrance(model: nn.Module, path: str) -> str:
 
 
 def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutNd]:
-    """Return the dropout registered right before the classifier, and those beside its entrance.
+    """Return the dropouts registered right before the classifier, and those beside its entrance.
 
     Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
     """
     modules = list(model.modules())
     earlier = modules[: modules.index(model.get_submodule(path))]
-    before = [module for module in earlier if not [*module.children()]][-1:]
+    leaves = [module for module in reversed(earlier) if not [*module.children()]]
+    before = takewhile(lambda module: isinstance(module, _DropoutNd | nn.Identity), leaves)
     beside = model.get_submodule(entrance.rpartition(".")[0]).children()
     return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
 

@@ -125,6 +125,17 @@ def test_features_come_from_before_the_dropout(images, labels, kind, inplace):
     assert_close(*gradients)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_features_come_from_before_all_dropouts_in_a_row(images, labels, inplace):
+    row = (nn.Dropout(0.5, inplace), nn.Identity(), nn.Dropout2d(0.5, inplace), nn.Identity())
+    model = Net(nn.Sequential(*row))
+    model.encoder[2] = nn.Softplus()
+    reg = attach(model)
+    model(images)
+    expected = MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
+    assert_close(reg(labels), expected)
+
+
 def test_a_dropout_elsewhere_is_not_taken_for_the_one_before_the_classifier(images, labels):
     class Elsewhere(Net):
         def forward(self, images: Tensor) -> Tensor:
