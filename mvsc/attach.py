@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, cast
@@ -25,8 +26,10 @@ _NOT_ATTACHED = (
     "Call mvsc.attach on the model that is trained."
 )
 _NO_FORWARD = (
-    "no forward ran since. Call the model first; if it was compiled and called before attach, "
-    "its hooks do not run: attach before its first call, or call torch.compiler.reset()."
+    "no forward ran since. Call the model first; if it, or another model of its class, was "
+    "compiled and called without a regularizer, its hooks do not run: attach before the first "
+    "call, call torch.compiler.reset(), or set "
+    "torch._dynamo.config.skip_nnmodule_hook_guards = False."
 )
 _EVALUATION = "the last forward ran in evaluation mode. Call model.train() before it."
 _WITHOUT_GRADIENTS = (
@@ -51,6 +54,10 @@ _NO_GRADIENT = (
     "The features have no gradient, so the loss could not reach the encoder: all before the "
     "classifier is frozen, or runs in a reentrant checkpoint. Unfreeze it, or set "
     "use_reentrant=False."
+)
+_REPLACED = (
+    "The classifier was replaced since it was attached. Call detach() and attach again; if the new "
+    "one is more than a linear layer, pass features and classifier to MVSCRegularizer."
 )
 _CHANGED = (
     "The features were changed in place after they were taken. Make the operation that follows "
@@ -148,7 +155,7 @@ class AttachedRegularizer(nn.Module):
         self.classifier_path = path
         # The tap is no module: the model must not become a part of its own regularizer.
         self._tap = _Tap()
-        self._tap.open(model, path)
+        self._tap.open(model, path, self)
         if add_to_loss:
             self._tap.add_to_loss(model, self)
         logger.info("attached to classifier %r of %s", path, type(model).__name__)
@@ -216,6 +223,9 @@ class _Tap:
     model never writes into its student's tap, and no graph is ever copied.
     """
 
+    model: Callable[[], nn.Module | None]
+    owner: Callable[[], AttachedRegularizer | None]
+
     def __init__(self) -> None:
         self.classifier: Linear | None = None
         self.handles: list[RemovableHandle] = []
@@ -225,12 +235,16 @@ class _Tap:
     def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
         return _Tap, ()
 
-    def open(self, model: nn.Module, path: str) -> None:
+    def open(self, model: nn.Module, path: str, owner: AttachedRegularizer) -> None:
         entrance = _entrance(model, path)
         module = model.get_submodule(entrance)
-        for hook in module._forward_pre_hooks.values():
+        for hook in list(module._forward_pre_hooks.values()):
             other = getattr(hook, "__self__", None)
-            if isinstance(other, _Tap) and other.classifier is not None:
+            if not isinstance(other, _Tap) or other.classifier is None:
+                continue
+            if other.owner() is None:  # Nobody is left who could use or detach it.
+                other.close()
+            else:
                 raise ValueError(
                     f"model must have one regularizer at a time, got one attached to {path!r} "
                     "already. Call its detach() first."
@@ -244,6 +258,7 @@ class _Tap:
             module.register_forward_pre_hook(self._before_classifier, with_kwargs=True)
         )
         self.classifier = cast(Linear, model.get_submodule(path))
+        self.model, self.owner, self.path = weakref.ref(model), weakref.ref(owner), path
 
     def add_to_loss(self, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> None:
         names = list(inspect.signature(model.forward).parameters)
@@ -292,6 +307,8 @@ class _Tap:
         self.clear(missing if features is None else _USED_UP)
         if self.classifier is None:
             raise RuntimeError(_NOT_ATTACHED)
+        if not torch.compiler.is_compiling() and self._replaced():
+            raise RuntimeError(_REPLACED)
         if forwards > 1:
             raise RuntimeError(_TWO_FORWARDS)
         if features is None:
@@ -301,6 +318,13 @@ class _Tap:
         if version is not None and features._version != version:
             raise RuntimeError(_CHANGED)
         return features
+
+    def _replaced(self) -> bool:
+        model = self.model()
+        try:
+            return model is not None and model.get_submodule(self.path) is not self.classifier
+        except AttributeError:
+            return True
 
     def listens(self, module: nn.Module) -> bool:
         if self.classifier is None or self.working:

@@ -456,7 +456,10 @@ def _check_feature_map(features: object) -> Tensor:
     if features.ndim != 4:
         remedy = "Pass the dense map that enters the classifier."
         if features.ndim == 3:
-            remedy = "Reshape tokens of shape (batch, pixels, dim) to a map first."
+            remedy = (
+                "Reshape tokens of shape (batch, pixels, dim) to a map first, and pass it to "
+                "MVSCRegularizer."
+            )
         raise ValueError(
             "features must have shape (batch, dim, height, width), "
             f"got {tuple(features.shape)}. {remedy}"

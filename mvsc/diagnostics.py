@@ -182,7 +182,8 @@ def alignment_accuracy(
     cosines = _alignment_cosines(means, centroids, present, align_to)
     own, in_batch = _own(cosines), present.any(dim=0)
     others = cosines.masked_fill(~(in_batch & _different(present)), -torch.inf).amax(dim=-1)
-    return _mean_where(own > others, present)
+    hits = torch.where(own.isnan() | others.isnan(), torch.nan, _wide(own > others))
+    return _mean_where(hits, present)
 
 
 @torch.no_grad()

@@ -439,11 +439,13 @@ def _is_half(tensor: Tensor) -> bool:
 def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:
     """Tell whether a classifier is a linear map whose weights can be used without calling it.
 
-    A subclass may do more, and weights that FSDP2 has sharded are gathered, and their gradient
-    averaged, by its hooks: both have to be called.
+    A subclass, or one whose forward was replaced, may do more, and weights that FSDP2 has sharded
+    are gathered, and their gradient averaged, by its hooks: both have to be called.
     """
     forwards = (nn.Conv2d.forward, nn.Linear.forward)
-    plain = isinstance(classifier, (nn.Conv2d, nn.Linear)) and type(classifier).forward in forwards
+    if not isinstance(classifier, (nn.Conv2d, nn.Linear)):
+        return False
+    plain: bool = getattr(classifier.forward, "__func__", None) in forwards
     return plain and not checks.is_sharded(classifier)
 
 

@@ -121,9 +121,9 @@ BUGS = [
     ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
     ("integrations/transformers", "            optimizer.add_param_group(reg.param_group())\n", "            pass\n", "the Trainer's optimizer does not get the centroids"),
     ("integrations/transformers", "        self.reg.zero_grad()", "        pass", "the Trainer's steps add the centroids' gradients up"),
-    ("integrations/transformers", "        self.reg.load_state_dict(torch.load(file, weights_only=True))", "        pass", "a resumed Trainer starts with new centroids"),
+    ("integrations/transformers", "        reg.load_state_dict(torch.load(file, weights_only=True))", "        pass", "a resumed Trainer starts with new centroids"),
     ("diagnostics", " - unit.square().sum(dim=(0, 2))", "", "a group is compared with itself"),
-    ("diagnostics", "_mean_where(own > others, present)", "_mean_where(own >= others, present)", "a tie is a hit"),
+    ("diagnostics", "_wide(own > others)", "_wide(own >= others)", "a tie is a hit"),
     ("diagnostics", "~(in_batch & _different(present))", "~_different(present)", "absent classes compete for the accuracy"),
     ("diagnostics", "pairs = present.unsqueeze(-1) & present & _different(present)", "pairs = present.unsqueeze(-1) & present", "a class lies apart from itself"),
     ("diagnostics", "F.normalize(_wide(features), dim=1)", "_wide(features)", "directions not scaled to length 1"),
@@ -147,6 +147,7 @@ BUGS = [
     ("regularizer", "rows += layer.dilation[0] * (layer.kernel_size[0] - 1)", "pass", "a k x k convolution in a Sequential sees a border of zeros"),
     ("attach", "        if hasattr(inside, name) and not hasattr(self, name):", "        if False:", "a setting that is set in vain"),
     ("attach", "    checks.check_sizes_of_classifier(path, sizes, options)\n", "", "a single logit, or other classes than the user said, are taken"),
+    ("attach", "if not torch.compiler.is_compiling() and self._replaced():", "if False:", "a classifier that was replaced goes unnoticed"),
 ]  # fmt: skip
 
 

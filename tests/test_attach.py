@@ -336,6 +336,51 @@ def test_features_may_be_passed_by_name(images, labels):
 # Never silent.
 
 
+@pytest.mark.parametrize("new", [nn.Conv2d(DIM, 3, 1), nn.Sequential(nn.Conv2d(DIM, CLASSES, 1))])
+def test_a_classifier_that_was_replaced_raises(images, labels, new):
+    model = Net()
+    reg = attach(model)
+    model.classifier = new
+    model(images)
+    with pytest.raises(RuntimeError, match="was replaced since it was attached"):
+        reg(labels)
+
+
+def test_a_classifier_that_was_wrapped_raises(images, labels):
+    model = Net()
+    reg = attach(model)
+    model.classifier = nn.Sequential(model.classifier, nn.Conv2d(CLASSES, CLASSES, 1))
+    model(images)
+    with pytest.raises(RuntimeError, match="was replaced since it was attached"):
+        reg(labels)
+
+
+def test_a_forward_of_the_classifiers_own_is_called(images, labels):
+    model = Net()
+    plain, reg = model.classifier.forward, attach(model)
+    found = []
+    for factor in (1, 3):
+        model.classifier.forward = lambda x, by=factor: by * plain(x)
+        model(images)
+        found.append(reg.terms(labels).classify)
+    logits = model.classifier(reg.regularizer.centroids.flatten(0, 1)[:, :, None, None])
+    target = torch.arange(CLASSES).repeat(4)
+    present = torch.isin(target, labels)
+    expected = F.cross_entropy(logits.flatten(1)[present], target[present])
+    assert_close(found[1], expected)
+    assert found[0] != found[1]
+
+
+def test_a_regularizer_that_nobody_holds_gives_way(images, labels):
+    model = Net()
+    attach(model)
+    reg = attach(model)
+    model(images)
+    assert reg(labels).item() > 0
+    with pytest.raises(ValueError, match="one regularizer at a time"):
+        attach(model)
+
+
 def test_a_loss_without_a_forward_raises(labels):
     with pytest.raises(RuntimeError, match=r"no forward ran since.*torch\.compiler\.reset\(\)"):
         attach(Net())(labels)
@@ -519,7 +564,7 @@ def test_a_model_compiled_and_run_before_attach_raises_until_reset(images, label
     run(images)
     reg = attach(run)
     run(images)
-    with pytest.raises(RuntimeError, match=r"compiled and called before attach"):
+    with pytest.raises(RuntimeError, match=r"compiled and called without a"):
         reg(labels)
     torch.compiler.reset()
     run(images)

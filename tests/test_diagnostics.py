@@ -194,6 +194,16 @@ def test_a_tie_is_a_miss_and_a_single_class_is_a_hit():
     assert diagnostics.alignment_accuracy(same, same, one).item() == 1
 
 
+def test_a_cosine_that_is_nan_is_no_miss():
+    same, spoilt = torch.eye(3).unsqueeze(0), torch.eye(3).unsqueeze(0)
+    spoilt[0, 1, 1] = torch.nan
+    present = torch.ones(1, 3, dtype=torch.bool)
+    for arguments in ((spoilt, same), (same, spoilt)):
+        assert diagnostics.alignment_accuracy(*arguments, present).isnan()
+    absent = torch.tensor([[True, False, True]])
+    assert diagnostics.alignment_accuracy(spoilt, spoilt, absent).item() == 1
+
+
 def test_what_was_not_measured_is_nan():
     centroids, nothing = torch.randn(1, 3, 4), torch.zeros(1, 3, dtype=torch.bool)
     one = torch.tensor([[True, False, False]])

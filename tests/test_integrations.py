@@ -348,6 +348,43 @@ def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(make_trainer, tm
     assert_close(resumed.model.state_dict(), trainer.model.state_dict())
 
 
+def test_a_trainer_resumes_from_a_checkpoint_of_another_folder(make_trainer, tmp_path):
+    regs = []
+    for seed, folder in enumerate(("one", "two")):
+        trainer = make_trainer(folder)
+        regs.append(attach_to_trainer(trainer, seed=seed))
+        trainer.train()
+    resumed = make_trainer("two")
+    reg = attach_to_trainer(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+    assert_close(dict(reg.state_dict()), dict(regs[0].state_dict()), rtol=0, atol=0)
+
+
+def test_a_trainer_that_makes_its_model_later_is_refused(make_trainer):
+    trainer = make_trainer()
+    trainer.model_init = lambda: trainer.model
+    with pytest.raises(ValueError, match=r"Pass model= instead"):
+        attach_to_trainer(trainer)
+
+
+def test_a_compute_loss_of_ones_own_trains_the_centroids(make_trainer):
+    trainer = make_trainer(max_steps=2, label_smoothing_factor=0.1)
+    reg = attach_to_trainer(trainer, add_to_loss=False)
+    drawn = reg.regularizer.centroids.detach().clone()
+
+    def compute_loss(model, inputs, return_outputs=False, **_):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        logits = torch.nn.functional.interpolate(logits, labels.shape[1:])
+        loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        return loss + reg(labels)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert not torch.equal(reg.regularizer.centroids, drawn)
+    assert reg.regularizer.step == 2
+
+
 def test_a_resumed_trainer_without_its_centroids_raises(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=2)
     attach_to_trainer(trainer)

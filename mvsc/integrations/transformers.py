@@ -20,7 +20,9 @@ from mvsc.attach import AttachedRegularizer, attach
 FILE_NAME = "mvsc.pt"
 
 
-def attach_to_trainer(trainer: Trainer, **options: Any) -> AttachedRegularizer:
+def attach_to_trainer(
+    trainer: Trainer, *, add_to_loss: bool = True, **options: Any
+) -> AttachedRegularizer:
     """Attach a regularizer to the model of a Trainer that has not been started.
 
     The loss is added to the model's own; the centroids join the Trainer's optimizer without weight
@@ -29,33 +31,41 @@ def attach_to_trainer(trainer: Trainer, **options: Any) -> AttachedRegularizer:
 
     Args:
         trainer: the Trainer, with its model on its device.
+        add_to_loss: whether to add the loss to the model's own. Without, a ``compute_loss`` of
+            your own adds ``reg(labels)``; all else is the same.
         **options: of :func:`mvsc.attach`.
 
     Returns:
         The regularizer.
 
     Raises:
-        ValueError: if the Trainer shards its model, keeps the labels from it, or came with a
-            scheduler of its own.
+        ValueError: if the Trainer shards its model, makes it in ``train``, keeps the labels from
+            it, or came with a scheduler of its own.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
             "trainer must not use FSDP or DeepSpeed, which would not know the centroids. "
             "Use DistributedDataParallel (torchrun)."
         )
-    if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+    if trainer.model_init is not None:
+        raise ValueError(
+            "trainer must have its model already, since train() makes another one with "
+            "model_init. Pass model= instead."
+        )
+    without_labels = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+    if add_to_loss and without_labels:
         raise ValueError(
             "trainer must leave the loss to the model, since with label smoothing or a "
-            "compute_loss_func the model gets no labels. Attach to the model and override "
-            "compute_loss."
+            "compute_loss_func the model gets no labels. Use add_to_loss=False, and add "
+            "reg(labels) in a compute_loss of your own."
         )
     if trainer.lr_scheduler is not None:
         raise ValueError(
             "trainer must make its scheduler itself, since one that exists does not know the "
-            "centroids. Pass optimizers=(optimizer, None)."
+            "centroids. Pass optimizers=(optimizer, None), and attach before train()."
         )
-    reg = attach(cast(nn.Module, trainer.model), add_to_loss=True, **options)
-    create_optimizer = trainer.create_optimizer
+    reg = attach(cast(nn.Module, trainer.model), add_to_loss=add_to_loss, **options)
+    create_optimizer, load_checkpoint = trainer.create_optimizer, trainer._load_from_checkpoint
 
     def create_optimizer_with_centroids(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = create_optimizer(*args, **kwargs)
@@ -64,8 +74,19 @@ def attach_to_trainer(trainer: Trainer, **options: Any) -> AttachedRegularizer:
             optimizer.add_param_group(reg.param_group())
         return optimizer
 
-    # The method that a subclass would override.
+    def load_checkpoint_with_centroids(checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        load_checkpoint(checkpoint, *args, **kwargs)
+        file = Path(checkpoint) / FILE_NAME
+        if not file.exists():
+            raise FileNotFoundError(
+                f"a resumed training needs its centroids, but there is no {file}. Copy that of "
+                "the checkpoint there, or start anew from its weights, with from_pretrained."
+            )
+        reg.load_state_dict(torch.load(file, weights_only=True))
+
+    # The methods that a subclass would override.
     trainer.create_optimizer = create_optimizer_with_centroids  # type: ignore[method-assign, unused-ignore]
+    trainer._load_from_checkpoint = load_checkpoint_with_centroids  # type: ignore[method-assign, unused-ignore]
     trainer.add_callback(_Centroids(reg))
     return reg
 
@@ -85,24 +106,8 @@ class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if args.should_save:
-            file = self._file(args, state)
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             # Moved when it is whole: a run that is killed here leaves no half file behind.
-            partial = file.with_suffix(".partial")
+            partial = folder / f"{FILE_NAME}.partial"
             torch.save(self.reg.state_dict(), partial)
-            partial.replace(file)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if state.global_step == 0:
-            return
-        file = self._file(args, state)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"a resumed training needs its centroids, but there is no {file}. Copy the "
-                f"{FILE_NAME} of the checkpoint there, or start anew."
-            )
-        self.reg.load_state_dict(torch.load(file, weights_only=True))
-
-    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FILE_NAME
+            partial.replace(folder / FILE_NAME)
