@@ -78,7 +78,7 @@ def assert_in_sync(regularizer: nn.Module) -> None:
         regularizer: an :class:`mvsc.MVSCRegularizer`, or any module that should be equal.
 
     Raises:
-        RuntimeError: with the ranks and the tensor that differ.
+        RuntimeError: with the ranks and the tensor or sizes that differ.
 
     Example:
         >>> assert_in_sync(nn.Linear(2, 3))  # A single process is in sync with itself.
@@ -87,7 +87,16 @@ def assert_in_sync(regularizer: nn.Module) -> None:
     group = next((group for group in groups if group is not None), None)
     if world_size(group) == 1:
         return
-    for name, tensor in regularizer.state_dict().items():
+    state = regularizer.state_dict()
+    shapes: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(shapes, {name: tuple(t.shape) for name, t in state.items()}, group)
+    for other, theirs in enumerate(shapes):
+        if theirs != shapes[0]:
+            raise RuntimeError(
+                f"the regularizer must be equal on every process, got {shapes[0]} on rank 0 and "
+                f"{theirs} on rank {other}. Build it with the same sizes everywhere."
+            )
+    for name, tensor in state.items():
         if hasattr(tensor, "full_tensor"):  # Sharded by FSDP2.
             tensor = tensor.full_tensor()
         copies = [torch.empty_like(tensor) for _ in range(world_size(group))]

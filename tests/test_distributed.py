@@ -281,6 +281,7 @@ def work(rank, folder, world, wirings):
             "in sync": in_sync(MVSCRegularizer(CLASSES, DIM)),
             "drifted": drifted(rank),
             "nowhere": nowhere(),
+            "other sizes": in_sync(MVSCRegularizer(CLASSES, DIM, groups=1 + rank)),
         }
     if world == 2 and FSDP2_ON_CPU:
         results |= {
@@ -471,6 +472,11 @@ def test_drifted_centroids_are_found(two):
     for result in two:
         assert result["in sync"] == "in sync"
         assert "centroids must be equal on every process, got ranks 0 and 1" in result["drifted"]
+
+
+def test_other_sizes_are_found(two):
+    for result in two:
+        assert "on rank 1. Build it with the same sizes everywhere." in result["other sizes"]
 
 
 def test_nan_on_every_process_is_in_sync(two):
