@@ -18,7 +18,7 @@ from typing import Any, Literal
 import tyro
 
 from recipes import RECIPES, Recipe
-from train import train
+from train import check_same, train
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,17 @@ def cell(settings: Settings, arm: Arm, seed: int) -> Recipe:
 
 
 def scores_of(recipe: Recipe) -> dict[str, Any] | None:
-    """Read the scores of a finished cell; None if it is not finished."""
+    """Read the scores of a finished cell; None if it is not finished.
+
+    Raises:
+        ValueError: if they are those of other settings.
+    """
     path = recipe.folder / "scores.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    scores: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    check_same(recipe, scores["recipe"])
+    return scores
 
 
 def main(settings: Settings) -> None:

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from quickstart import IGNORE, open_image, read_classes, stored_indices
+from quickstart import IGNORE, as_rgb, open_image, read_classes, stored_indices
 
 LAYOUTS = ("cocostuff10k", "cocostuff164k", "ade20k", "folder")
 NO_CLASS = -1
@@ -63,6 +63,9 @@ class Variant(NamedTuple):
     coding: Coding
     labels: str = "annotations"
 
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Of images."""
 
 # COCO-Stuff numbers its classes from 1 to 182; eleven of them were never annotated.
 UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
@@ -159,7 +162,7 @@ def list_split(layout: str, root: Path, split: str) -> SegmentationData:
     else:
         source = images = images / part
         labels = labels / part
-        names = [n for n in names_in(images) if n.lower().endswith((".jpg", ".jpeg", ".png"))]
+        names = [n for n in names_in(images) if n.lower().endswith(SUFFIXES)]
     if not names:
         raise ValueError(f"{source} must list or hold images, found none. {remedy(layout, root)}")
     pairs = [(images / name, labels / f"{Path(name).stem}{variant.suffix}") for name in names]
@@ -208,7 +211,7 @@ def names_in(folder: Path) -> list[str]:
 def read_image(path: Path) -> tv_tensors.Image:
     # The labels were drawn on the pixels as they are stored: an EXIF orientation stays unused.
     with open_image(path) as image:
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(as_rgb(image, path))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
 
 

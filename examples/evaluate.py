@@ -80,6 +80,17 @@ def logits_at(
     return F.interpolate(logits, size, mode="bilinear")[0]
 
 
+def check_window(window: int | None, stride: int | None = None) -> None:
+    """Raise unless each pixel is in a window."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}.")
+    if stride is not None and (window is None or not 1 <= stride <= window):
+        raise ValueError(
+            f"stride must be in 1 .. window, which is {window}, got {stride}. Leave it away for "
+            "two thirds of the window."
+        )
+
+
 def _padded(model: nn.Module, images: Tensor) -> Tensor:
     # Encoders want sides that are multiples of 32; 0 is the mean colour.
     height, width = images.shape[2:]
@@ -187,9 +198,15 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
 
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
-    segmenter, recipe, _ = load_segmenter(settings.weights, device)
+    check_window(settings.window, settings.stride)
+    segmenter, recipe, classes = load_segmenter(settings.weights, device)
     recipe = replace(recipe, workers=settings.workers)
     data = open_split(recipe.layout, settings.data_root or recipe.data_root, "val")
+    if list(classes) != list(data.classes):
+        raise ValueError(
+            f"the data must have the classes of the weights, {', '.join(classes)}, got "
+            f"{', '.join(data.classes)}. Complete classes.txt in the order of the training."
+        )
     result = evaluate(
         segmenter, data, recipe, device, window=settings.window, stride=settings.stride
     )

@@ -16,13 +16,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data import read_image
-from evaluate import load_segmenter, logits_at
+from data import SUFFIXES, names_in, read_image
+from evaluate import check_window, load_segmenter, logits_at
 from mvsc.plotting import class_colors
 from quickstart import pick_device
 from weights import write_whole
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,12 @@ def find_images(paths: tuple[Path, ...]) -> list[Path]:
         if not path.exists():
             raise ValueError(f"{path} is missing. Name image files or folders of them.")
         if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            images = (path / name for name in names_in(path) if name.lower().endswith(SUFFIXES))
+            found += [image for image in images if image.is_file()]
         else:
             found.append(path)
     if not found:
-        raise ValueError(f"images must name at least one image ({', '.join(sorted(SUFFIXES))}).")
+        raise ValueError(f"images must name at least one image ({', '.join(SUFFIXES)}).")
     stems = [path.stem for path in found]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise ValueError(
@@ -75,7 +74,13 @@ def save(picture: Image.Image, path: Path, kind: str) -> None:
 def main(settings: Settings) -> None:
     if not 0 <= settings.opacity <= 1:
         raise ValueError(f"opacity must be between 0 and 1, got {settings.opacity}.")
+    check_window(settings.window)
     paths = find_images(settings.images)
+    if settings.out.resolve() in {path.resolve().parent for path in paths}:
+        raise ValueError(
+            f"out must not be the folder of the images, {settings.out}, where NAME_mask.png may be "
+            "a label. Choose another."
+        )
     device = pick_device(settings.device)
     segmenter, recipe, _ = load_segmenter(settings.weights, device)
     settings.out.mkdir(parents=True, exist_ok=True)

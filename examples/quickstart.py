@@ -295,7 +295,7 @@ def load_data(settings: Settings) -> Data:
 def read_classes(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} is missing. Write one class name a line, class 0 first.")
-    classes = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    classes = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     if not 1 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
         raise ValueError(
             f"{path} must hold 1 to {IGNORE} different class names, one a line, got "
@@ -324,10 +324,20 @@ def read_split(folder: Path, name: str, size: tuple[int, int], num_classes: int)
                     "Make both from the same original."
                 )
             indices = torch.from_numpy(read_indices(label, label_path, num_classes))
-            pixels = np.array(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+            pixels = np.array(as_rgb(image, path).resize(size, Image.Resampling.BILINEAR))
         images.append(torch.from_numpy(pixels).permute(2, 0, 1))
         labels.append(F.interpolate(indices[None, None], size[::-1], mode="nearest-exact")[0, 0])
     return Split(torch.stack(images), torch.stack(labels))
+
+
+def as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """Convert to RGB; Pillow would turn the 16 or 32 bits of a grey image into white."""
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"{path} must have 8 bits a channel, got mode {image.mode!r} of Pillow. Scale it to "
+            "0 .. 255 and save it anew."
+        )
+    return image.convert("RGB")
 
 
 @contextmanager

@@ -51,6 +51,13 @@ Attach = Callable[[nn.Module, Recipe], Any]
 
 Evaluate = Callable[..., dict[str, Any]]
 
+AGREE_EVERY = 5
+"""Steps after which several processes agree at the latest on whether to stop."""
+
+
+class StoppedAndSaved(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, once everything is saved."""
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Average over the labelled pixels; 0, where the mean is NaN, if there are none."""
@@ -81,7 +88,7 @@ def train(
 
     Raises:
         ValueError: if settings, data or the run's folder do not fit, or a file is broken.
-        KeyboardInterrupt: after Ctrl-C, once everything is saved.
+        StoppedAndSaved: after Ctrl-C or SIGTERM.
     """
     check_recipe(recipe)
     accelerator = Accelerator(
@@ -110,6 +117,12 @@ def train(
 
     run = Run(recipe, accelerator, segmenter, reg, optimizer, schedule, list(data.classes))
     step = run.start()
+
+    def judge(step: int) -> None:
+        share_buffers(segmenter.model, processes)
+        run.validated(step, evaluate(segmenter, val, recipe, device, rank, processes))
+        run.save(step)
+
     loader = training_batches(data, recipe, segmenter.mean, step, rank, processes)
     model.train()
     with (
@@ -118,6 +131,8 @@ def train(
         reading(loader) as batches,
         run.progress(step) as bar,
     ):
+        if not run.judged:
+            judge(step)
         while step < recipe.steps:
             try:
                 parts = [next(batches) for _ in range(recipe.accumulate)]
@@ -142,18 +157,17 @@ def train(
             step += 1
             bar.update()
 
-            stop = stop_asked(interrupted, accelerator, logged)
+            stop = stop_asked(interrupted, accelerator, logged or step % AGREE_EVERY == 0)
             if last or logged:
                 line = run.log(step)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in SHOWN if k in line})
-            if validate := last or step % recipe.eval_every == 0:
-                share_buffers(segmenter.model, processes)
-                scores = evaluate(segmenter, val, recipe, device, rank, processes)
-                run.validated(step, scores)
-            if validate or stop or step % recipe.save_every == 0:
+            if last or step % recipe.eval_every == 0:
+                run.save(step, judged=False)  # A broken file may end what follows.
+                judge(step)
+            elif stop or step % recipe.save_every == 0:
                 run.save(step)
             if stop and not last:
-                raise KeyboardInterrupt
+                raise StoppedAndSaved
     if reg is not None and processes > 1:
         mvsc.assert_in_sync(reg)
     run.finish()
@@ -241,7 +255,7 @@ class Run:
         self.folder = recipe.folder
         self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / STATE
         self.main = accelerator.is_main_process
-        self.best = -1.0
+        self.best, self.judged = -1.0, True
         self.scores: dict[str, Any] = {}
         self.sums: dict[str, Tensor] = {}
         self.counted, self.logged, self.since = 0, 0, time.perf_counter()
@@ -268,6 +282,12 @@ class Run:
                 )
             if self.state.exists():
                 step = self._load()
+        for name in ("best.safetensors", "scores.json"):
+            if not self.state.exists() and (self.folder / name).exists():
+                raise ValueError(
+                    f"{self.folder} holds {name} of a run but no {STATE} from which it could go "
+                    "on. Move it away, or choose another folder with --out."
+                )
         # Not before all have looked: what the first one writes would be a run already.
         self.accelerator.wait_for_everyone()
         if self.main:
@@ -342,19 +362,24 @@ class Run:
             self._save_weights("best", step)
         self.since = time.perf_counter()
 
-    def save(self, step: int) -> None:
-        """Write weights and state; the state last, so that what it speaks of is there."""
+    def save(self, step: int, judged: bool = True) -> None:
+        """Write weights and state; the state last, so that what it speaks of is there.
+
+        A run that goes on from a state which is not ``judged`` begins with its validation.
+        """
         self._save_weights("last", step)
         if self.main:
             own = {name: part.state_dict() for name, part in self.parts.items()}
-            about = {"recipe": self.recipe.to_dict(), "best": self.best, "scores": self.scores}
-            save_state(self.state, {"step": step, **about, **own})
+            about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "judged": judged}
+            found = {"best": self.best, "scores": self.scores}
+            save_state(self.state, {"step": step, **about, **found, **own})
         self.since = time.perf_counter()
 
     def finish(self) -> None:
         """Leave the last scores in a small file of their own."""
         if self.main:
-            text = json.dumps({"classes": self.classes, **self.scores}, indent=1)
+            about = {"classes": self.classes, "recipe": self.recipe.to_dict()}
+            text = json.dumps({**about, **self.scores}, indent=1)
             write_whole(self.folder / "scores.json", lambda path: path.write_text(text, "utf-8"))
         self.accelerator.wait_for_everyone()
 
@@ -365,17 +390,15 @@ class Run:
 
     def _load(self) -> int:
         state = load_state(self.state)
-        before, now = state["recipe"], self.recipe.to_dict()
-        changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
-        if changed:
-            told = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+        check_same(self.recipe, state["recipe"])
+        if state["classes"] != self.classes:
             raise ValueError(
-                f"{self.folder} holds a run with other settings: {told}. Resume it with its own, "
-                "or choose another folder with --out."
+                f"{self.folder} holds a run on the classes {', '.join(state['classes'])}, the data "
+                f"have {', '.join(self.classes)}. Choose another folder with --out."
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.best, self.scores = state["best"], state["scores"]
+        self.best, self.scores, self.judged = state["best"], state["scores"], state["judged"]
         return int(state["step"])
 
     def _save_weights(self, name: str, step: int) -> None:
@@ -393,6 +416,18 @@ class Run:
                 file.write(json.dumps({"step": step, **line}) + "\n")
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
+
+
+def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
+    """Raise if the run in a recipe's folder was made with other settings."""
+    now = recipe.to_dict()
+    changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    if changed:
+        told = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+        raise ValueError(
+            f"{recipe.folder} holds a run with other settings: {told}. Resume it with its own, "
+            "or choose another folder with --out."
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -415,8 +450,11 @@ def command_line() -> None:
     except ValueError as error:
         # A loader's process wraps the error in its traceback; the last of it says what is wrong.
         sys.exit(str(error).rsplit("ValueError: ", 1)[-1].strip())
-    except KeyboardInterrupt:
+    except StoppedAndSaved:
         print(f"\nStopped and saved in {recipe.folder}; go on with --resume.", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("\nStopped; what was not saved before is lost.", file=sys.stderr)
         sys.exit(130)
     print_scores(scores, open_split(recipe.layout, recipe.data_root, "val").classes)
 

@@ -200,12 +200,28 @@ def grey_png(indices, bits):
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_an_image_of_more_bits_is_refused(folder, dtype):
+    path = data.open_split("folder", folder, "train").pairs[0][0]
+    with Image.open(path) as image:
+        wide = Image.fromarray(np.array(image.convert("L")).astype(dtype) * 200)
+    path.unlink()
+    wide.save(path.with_suffix(".tif"))  # which is read like any other image
+    with pytest.raises(ValueError, match=rf"{path.stem}.tif must have 8 bits a channel, got mode"):
+        data.open_split("folder", folder, "train")[0]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(folder):
+    path = folder / "classes.txt"
+    path.write_text(path.read_text("utf-8"), "utf-8-sig")
+    assert data.open_split("folder", folder, "train").classes[0] == "class 0"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_an_image_of_any_mode_becomes_rgb(folder, mode):
     path = data.open_split("folder", folder, "train").pairs[0][0]
     with Image.open(path) as image:
-        wide = Image.fromarray(np.array(image.convert("L")).astype(np.uint16))
-        other = wide if mode == "I;16" else image.convert(mode)
+        other = image.convert(mode)
     assert other.mode == mode
     path.unlink()
     other.save(path.with_suffix(".jpeg" if mode == "CMYK" else ".png"))

@@ -237,6 +237,51 @@ def test_a_truncated_image_is_named_and_everything_before_it_is_saved(tmp_path):
     assert_same_state(recipe.out, tmp_path / "whole")
 
 
+def test_a_truncated_validation_image_costs_no_step(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data", train=4)
+    broken = sorted((root / "images" / "val").iterdir())[1]
+    whole = broken.read_bytes()
+    recipe = tiny(root, tmp_path / "run", steps=4, eval_every=3, save_every=100)
+    train(replace(recipe, out=tmp_path / "whole"))
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=broken.name):
+        train(recipe)
+    assert state_of(recipe.out)["step"] == 3
+    broken.write_bytes(whole)
+    train(replace(recipe, resume=True))
+    assert_same_state(recipe.out, tmp_path / "whole")
+    found = [
+        training.read_metrics(out / "metrics.jsonl") for out in (recipe.out, tmp_path / "whole")
+    ]
+    assert [line for line in found[0] if "val" in line] == [
+        line for line in found[1] if "val" in line
+    ]
+
+
+def test_a_run_without_its_state_is_not_begun_anew_over_its_weights(folder, tmp_path):
+    recipe = tiny(folder, tmp_path, steps=2, resume=True)
+    train(recipe)
+    (tmp_path / "last.pt").unlink()
+    kept = (tmp_path / "best.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"holds best.safetensors of a run but no last.pt"):
+        train(recipe)
+    assert (tmp_path / "best.safetensors").read_bytes() == kept
+
+
+def test_other_classes_are_refused(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data")
+    recipe = tiny(root, tmp_path / "run", steps=2)
+    train(recipe)
+    (root / "classes.txt").write_text("class 1\nclass 0\nclass 2\n")
+    with pytest.raises(
+        ValueError, match=r"on the classes class 0, .* have class 1, class 0, class"
+    ):
+        train(replace(recipe, steps=2, resume=True))
+    settings = evaluate.Settings(recipe.out / "last.safetensors", workers=0, device="cpu")
+    with pytest.raises(ValueError, match=r"classes of the weights, class 0, .*, got class 1"):
+        evaluate.main(settings)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
@@ -390,6 +435,20 @@ def test_a_window_larger_than_the_image_is_the_whole_image(folder, tmp_path):
     assert not torch.equal(slid, whole)
 
 
+@pytest.mark.parametrize(
+    ("window", "stride", "text"),
+    [
+        (0, None, "window must be at least 1, got 0"),
+        (32, 33, "stride must be in 1 .. window, which is 32, got 33"),
+        (32, 0, "got 0"),
+        (None, 20, "got 20"),
+    ],
+)
+def test_windows_that_leave_pixels_out_are_refused(window, stride, text):
+    with pytest.raises(ValueError, match=text):
+        evaluate.check_window(window, stride)
+
+
 def test_windows_cover_every_pixel_and_stay_inside():
     for length, window, stride in [(64, 32, 16), (65, 32, 20), (30, 32, 21), (32, 32, 5)]:
         starts = evaluate._starts(length, window, stride)
@@ -534,6 +593,13 @@ def test_what_cannot_be_predicted_is_named(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match="more than one a"):
         predict.find_images((tmp_path,))
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "._a.png").touch()
+    (tmp_path / "b.jpg").mkdir()
+    assert predict.find_images((tmp_path,)) == [tmp_path / "a.jpg"]
+    for images in (tmp_path, tmp_path / "a.jpg"):
+        with pytest.raises(ValueError, match="out must not be the folder of the images"):
+            predict.main(predict.Settings(tmp_path / "none", (images,), out=tmp_path))
 
 
 @pytest.mark.parametrize("mvsc", [True, False])
@@ -586,6 +652,9 @@ def test_an_ablation_keeps_its_cells_and_names_the_papers_numbers(folder, tmp_pa
     state = weights.load_state(tmp_path / "g8" / "seed1" / "last.pt")
     assert scores["mIoU"] == state["scores"]["mIoU"]
     assert state["reg"]["regularizer.centroids"].shape == (8, 3, 16)
+    other = replace(settings, recipe=replace(recipe, lr=0.5), report=True)
+    with pytest.raises(ValueError, match=r"other settings: lr was 0.001, is 0.5"):
+        ablate.main(other)
 
 
 def stop_after(module, cells, settings):
