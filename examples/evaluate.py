@@ -138,6 +138,9 @@ def evaluate(
         ``mIoU``, ``mAcc``, ``aAcc`` in percent, and ``iou``, one number in percent for each
         class, None for one that is neither labelled nor predicted. A class that is labelled in
         no image does not count in mAcc.
+
+    Raises:
+        ValueError: if a file is broken, or no pixel of all is labelled.
     """
     mine = Subset(data, range(rank, len(data), processes))
     loader = DataLoader(
@@ -157,7 +160,11 @@ def evaluate(
             confusion.update(predicted[None], label[None])
             look(predicted, label)
     segmenter.model.train(training)
-    return scores(confusion.compute().cpu())
+    found = confusion.compute().cpu()
+    if not found.any():
+        folder = data.pairs[0][1].parent
+        raise ValueError(f"{folder} must have a labelled pixel, found none. Check its labels.")
+    return scores(found)
 
 
 def confusion_matrix(classes: int) -> MulticlassConfusionMatrix:

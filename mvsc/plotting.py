@@ -202,7 +202,7 @@ def draw_similarity(ax: Axes, centroids: Tensor, names: Sequence[str] | None = N
     many = num_classes > 40
     shown = range(0, num_classes, 20 if many else 1)
     ticks = [groups * c + (groups - 1) / 2 for c in shown]
-    texts = [str(c) if names is None or many else names[c] for c in shown]
+    texts = [str(c) if names is None or many else _plain(names[c]) for c in shown]
     upright = 0 if many or (names is None and num_classes <= 20) else 90
     ax.set_xticks(ticks, texts, rotation=upright)
     ax.set_yticks(ticks, texts)
@@ -272,7 +272,7 @@ def heatmaps(
                 elsewhere = (labels.long() != c).cpu().numpy()[..., None]
                 shown = np.where(elsewhere, 0.85 + 0.15 * pixels, pixels)
             _show(row[0], shown)
-            name = str(c) if names is None else names[c]
+            name = str(c) if names is None else _plain(names[c])
             row[0].set_ylabel(textwrap.fill(name, max(6, int(panel_height / 0.065))))
             for ax, group in zip(row[1:], columns, strict=True):
                 (cosines,) = diagnostics.centroid_heatmap(features, centroids, c, group)
@@ -332,7 +332,7 @@ def predictions(
         titles = ["image", "label", *(text for name in predicted for text in (name, "difference"))]
         for ax, title in zip(axes[0], titles, strict=True):
             ax.set_title(title)
-        patches = [Patch(facecolor=class_colors()[c], label=names[c]) for c in shown]
+        patches = [Patch(facecolor=class_colors()[c], label=_plain(names[c])) for c in shown]
         figure.legend(
             handles=patches,
             loc="lower center",
@@ -460,6 +460,11 @@ def training_report(runs: Runs) -> Figure:
             elif any(ax.get_legend_handles_labels()):
                 ax.legend(frameon=False)
     return figure
+
+
+def _plain(name: str) -> str:
+    """Keep a dollar in a class's name from beginning a formula."""
+    return name.replace("$", r"\$")
 
 
 def _line(ax: Axes, values: Mapping[int, float], **style: Any) -> None:

@@ -373,3 +373,15 @@ def test_a_file_without_metrics_is_named(tmp_path):
         plotting.training_report(path)
     with pytest.raises(FileNotFoundError):
         plotting.training_report(tmp_path / "other.jsonl")
+
+
+def test_a_dollar_in_a_name_begins_no_formula():
+    names = ["co$t^$", "$", "two $ of $_", "plain", "_"]
+    ax = panel()
+    plotting.draw_similarity(ax, CENTROIDS, names)
+    for figure in (
+        ax.figure,
+        plotting.heatmaps(IMAGES[0], FEATURES, CENTROIDS, [0, 1, 2], names=names),
+        plotting.predictions(IMAGES, LABELS, PREDICTED, names=names),
+    ):
+        figure.draw_without_rendering()

@@ -258,6 +258,16 @@ def test_a_truncated_validation_image_costs_no_step(tmp_path):
     ]
 
 
+def test_labels_without_a_labelled_pixel_are_named(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data", val=1)
+    (label,) = (root / "labels" / "val").iterdir()
+    with Image.open(label) as image:
+        empty = Image.new("L", image.size, 255)
+    empty.save(label)
+    with pytest.raises(ValueError, match=r"val must have a labelled pixel, found none"):
+        train(tiny(root, tmp_path / "run", steps=1))
+
+
 def test_a_run_without_its_state_is_not_begun_anew_over_its_weights(folder, tmp_path):
     recipe = tiny(folder, tmp_path, steps=2, resume=True)
     train(recipe)
