@@ -76,16 +76,16 @@ def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor
 # the layout and dtype of its map. And the compiler leaves them alone: inductor would turn
 # them into atomic additions, slower and summed in another order than in eager mode.
 #
-# Which way for which map, in milliseconds (2 Xeon cores, torch 2.15, B=4, D=256, 128 x 128,
+# Which way for which map, in milliseconds (2 Xeon cores, torch 2.14, B=4, D=256, 128 x 128,
 # 684 cells; `benchmarks/bench_segment_mean.py` measures every way again):
 #
 #   map                    sums                                  gradient                with it
-#   contiguous fp32        index_add along the pixels     12.3   gather, pixel axis         32.7
-#   contiguous bf16        the same, block-wise float32   10.5   the same, as int16         25.0
-#   channels_last fp32     index_add of rows               3.5   index_select               20.9
-#   channels_last bf16     the same, block-wise float32    6.9   index_select               16.1
+#   contiguous fp32        index_add along the pixels      6.7   gather, pixel axis         29.6
+#   contiguous bf16        the same, block-wise float32    8.2   the same, as int16         21.5
+#   channels_last fp32     index_add of rows               3.5   index_select               21.4
+#   channels_last bf16     the same, block-wise float32    5.6   index_select               14.7
 #
-# A plain read of the float32 map took 2 ms and a plain write 14 ms in that run, in bf16 half of
+# A plain read of the float32 map took 2 ms and a plain write 15 ms in that run, in bf16 half of
 # it. On a GPU (H200, torch 2.11, B=16) gradients go the same ways, sums by scatter_add of rows: in
 # the same order of maps 0.69, 0.78, 0.19 and 0.38 ms; index_add took 1.01, 1.21, 0.54 and 0.70
 # (`benchmarks/bench_sums.py`). Where the user asks for deterministic algorithms it is index_add
