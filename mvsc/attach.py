@@ -128,8 +128,7 @@ def attach(
         dim, num_classes = layer.in_features, layer.out_features
     sizes = {"dim": dim, "num_classes": num_classes}
     checks.check_sizes_of_classifier(path, sizes, options)
-    options = {name: value for name, value in options.items() if name not in sizes}
-    regularizer = MVSCRegularizer(num_classes, dim, groups, **options)
+    regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
     return AttachedRegularizer(model, path, regularizer.to(layer.weight.device), add_to_loss)
 
 
@@ -342,7 +341,7 @@ class _Tap:
     def _before_dropout(self, module: _DropoutNd, args: tuple[Any, ...], kwargs: Any) -> None:
         features = _first(args, kwargs)
         # Of several in a row the first one counts.
-        if self.listens(module) and (self.dropped is None or self.dropped is not features):
+        if self.listens(module) and self.dropped is not features:
             self.undropped = features.clone() if module.inplace else features
 
     def _after_dropout(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

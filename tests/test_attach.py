@@ -336,20 +336,19 @@ def test_features_may_be_passed_by_name(images, labels):
 # Never silent.
 
 
-@pytest.mark.parametrize("new", [nn.Conv2d(DIM, 3, 1), nn.Sequential(nn.Conv2d(DIM, CLASSES, 1))])
-def test_a_classifier_that_was_replaced_raises(images, labels, new):
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        lambda old: nn.Conv2d(DIM, 3, 1),
+        lambda old: nn.Sequential(nn.Conv2d(DIM, CLASSES, 1)),
+        lambda old: nn.Sequential(old, nn.Conv2d(CLASSES, CLASSES, 1)),
+    ],
+    ids=["another", "a list", "wrapped"],
+)
+def test_a_classifier_that_was_replaced_raises(images, labels, replaced):
     model = Net()
     reg = attach(model)
-    model.classifier = new
-    model(images)
-    with pytest.raises(RuntimeError, match="was replaced since it was attached"):
-        reg(labels)
-
-
-def test_a_classifier_that_was_wrapped_raises(images, labels):
-    model = Net()
-    reg = attach(model)
-    model.classifier = nn.Sequential(model.classifier, nn.Conv2d(CLASSES, CLASSES, 1))
+    model.classifier = replaced(model.classifier)
     model(images)
     with pytest.raises(RuntimeError, match="was replaced since it was attached"):
         reg(labels)
