@@ -1,5 +1,11 @@
+import os
 import sys
 from pathlib import Path
+
+# Maps are tiny here: a second thread gains nothing, and beside other processes it costs most of
+# the time. Before torch is imported, and in the environment, so that every process that a test
+# starts has it too.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -7,10 +13,6 @@ from hypothesis import Phase, settings
 
 # The oracle and the strategies are plain modules beside the tests.
 sys.path.insert(0, str(Path(__file__).parent))
-
-# Maps are tiny here: a second thread gains nothing, and beside other processes it costs most of
-# the time.
-torch.set_num_threads(1)
 
 # For tests/mutations.py, which asks only whether a test fails: the smallest example that shows
 # it would take longer to find than the first.

@@ -9,6 +9,7 @@ bit, that of a run that was never killed.
 """
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -44,8 +45,10 @@ def kill_and_resume(folder: Path, kills: int, draw: random.Random) -> None:
 
     def start(out: Path) -> subprocess.Popen:
         command = [sys.executable, EXAMPLES / "train.py", *SETTINGS, "--data-root", data]
+        # One thread each: beside other work, threads that wait for each other take minutes.
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
-            [*command, "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [*command, "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env
         )
 
     began = time.monotonic()

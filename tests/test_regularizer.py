@@ -678,7 +678,9 @@ def run(forward, threads=1, steps=20):
 
 
 def test_the_same_seed_gives_the_same_run_on_one_and_two_threads():
-    assert_close(run(lambda reg: reg, 2), run(lambda reg: reg, 1), rtol=0, atol=0)
+    # To rounding only: how many threads share a matrix product is torch's to say, and on some
+    # processors it changes the last bit. What is ours is bitwise, see test_segment.py.
+    assert_close(run(lambda reg: reg, 2), run(lambda reg: reg, 1), rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_seed_gives_the_same_run_eager_and_compiled():

@@ -86,6 +86,22 @@ def test_the_split_is_a_balanced_partition_of_each_class(labels, groups, step):
     assert_close(cells[counted] % num_classes, labels[counted])
 
 
+def test_the_split_is_the_same_on_any_number_of_threads():
+    labels = torch.randint(0, 20, (2, 192, 192))
+
+    def on(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return split(labels, 4, 20)[0]
+        finally:
+            torch.set_num_threads(before)
+
+    alone = on(1)
+    for threads in (2, 3):
+        assert_close(on(threads), alone, rtol=0, atol=0)
+
+
 def test_the_split_changes_with_seed_step_and_rank_and_with_nothing_else():
     labels = torch.zeros(1, 16, 16, dtype=torch.int64)
     base, _ = split(labels, 4, 1)

@@ -59,6 +59,28 @@ def test_every_layout_and_dtype_gives_the_loops_means(layout, dtype):
     assert_close(counts, expected_counts, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_and_gradients_are_bitwise_those_of_one_thread(layout, dtype):
+    # Large enough for torch to share the work out.
+    features = in_layout(torch.randn(2, 64, 96, 96).to(dtype), layout).requires_grad_()
+    cells = torch.randint(0, 40, (2, 96, 96))
+    upstream = torch.randn(39, 64)
+
+    def on(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            means, _ = segment_mean(features, cells, 39)
+            return means, torch.autograd.grad(means, features, upstream.to(means.dtype))
+        finally:
+            torch.set_num_threads(before)
+
+    alone = on(1)
+    for threads in (2, 3):
+        assert_close(on(threads), alone, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gradient_of_a_pixel_is_its_cells_over_n(layout, dtype):
