@@ -13,7 +13,7 @@ import json
 import math
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def draw_classes(ax: Axes, labels: Tensor) -> AxesImage:
         TypeError: if labels are not integers.
         ValueError: if their shape is another or a value is outside 0 .. 255.
     """
-    checks.check_class_map("labels", labels)
+    _check_class_map("labels", labels)
     return _show(ax, class_colors()[labels.detach().cpu().numpy()])
 
 
@@ -123,8 +123,8 @@ def draw_difference(ax: Axes, labels: Tensor, prediction: Tensor) -> AxesImage:
         TypeError: if either does not hold integers.
         ValueError: if the shapes differ or a value is outside 0 .. 255.
     """
-    checks.check_class_map("labels", labels)
-    checks.check_class_map("prediction", prediction, tuple(labels.shape))
+    _check_class_map("labels", labels)
+    _check_class_map("prediction", prediction, tuple(labels.shape))
     labelled = (labels != IGNORE).cpu()
     wrong = (labels.long() != prediction.long()).cpu() & labelled
     colors = np.array([_rgb("#000000"), _rgb(_RIGHT), _rgb(_WRONG)])
@@ -158,10 +158,10 @@ def draw_heatmap(
         TypeError: if cosines are not floating or the image is of another dtype.
         ValueError: if a shape is another.
     """
-    checks.check_cosines(cosines)
+    _check_cosines(cosines)
     height, width = cosines.shape
     if image is not None:
-        checks.check_image(image)
+        _check_image(image)
         height, width = image.shape[1:]
         grey = _pixels(image) @ np.array([0.299, 0.587, 0.114])
         _show(ax, grey, cmap="gray", vmin=0, vmax=1)
@@ -197,7 +197,7 @@ def draw_similarity(ax: Axes, centroids: Tensor, names: Sequence[str] | None = N
     """
     cosines = diagnostics.centroid_similarity(centroids)
     groups, num_classes, _ = centroids.shape
-    checks.check_names(names, num_classes)
+    _check_names(names, num_classes)
     matrix = ax.imshow(cosines.cpu().numpy(), cmap=_COSINE_COLORS, vmin=-1, vmax=1)
     many = num_classes > 40
     shown = range(0, num_classes, 20 if many else 1)
@@ -249,14 +249,14 @@ def heatmaps(
         TypeError: if a tensor is of a wrong dtype or an index is not an int.
         ValueError: if shapes do not fit, a class is out of range, or none is given.
     """
-    checks.check_image(image)
+    _check_image(image)
     checks.check_centroids("centroids", centroids)
     groups, num_classes, _ = centroids.shape
-    checks.check_names(names, num_classes)
-    checks.check_not_empty("classes", classes)
-    checks.check_one_image(features)
+    _check_names(names, num_classes)
+    _check_not_empty("classes", classes)
+    _check_one_image(features)
     if labels is not None:
-        checks.check_class_map("labels", labels, tuple(image.shape[1:]))
+        _check_class_map("labels", labels, tuple(image.shape[1:]))
     pixels = _pixels(image)
     columns: list[int | None] = [None, *range(groups)] if groups > 1 else [None]
     with rc_context(_STYLE):
@@ -308,12 +308,12 @@ def predictions(
     """
     maps = {"label": labels, **predicted}
     for name, values in maps.items():
-        checks.check_class_map(name, values, (len(images), *images.shape[2:]), axes=3)
-    checks.check_not_empty("images", images)
-    checks.check_image(images[0])
+        _check_class_map(name, values, (len(images), *images.shape[2:]), axes=3)
+    _check_not_empty("images", images)
+    _check_image(images[0])
     seen = [np.unique(values.cpu().numpy()) for values in maps.values()]
     shown = sorted(set(np.concatenate(seen).tolist()) - {IGNORE})
-    checks.check_names(names, max(shown, default=-1) + 1)
+    _check_names(names, max(shown, default=-1) + 1)
 
     columns = 2 + 2 * len(predicted)
     legend_columns = 7
@@ -400,7 +400,7 @@ def training_report(runs: Runs) -> Figure:
         ValueError: if a file holds no line that can be used, or no run is given.
     """
     paths = runs if isinstance(runs, Mapping) else {"": runs}
-    checks.check_not_empty("runs", paths)
+    _check_not_empty("runs", paths)
     metrics = {name: read_metrics(path) for name, path in paths.items()}
     dashes = ["-", "--", ":", "-."]
     colors = [_OKABE_ITO[i] for i in (4, 5, 2, 6, 0, 1)]
@@ -530,3 +530,82 @@ def _contrast(seen: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[
     apart = seen - (other[:, None] if seen.ndim > other.ndim else other)
     distance: NDArray[np.float64] = np.sqrt((apart**2).sum(axis=-1)).min(axis=0)
     return distance
+
+
+def _check_class_map(
+    name: str, labels: object, shape: tuple[int, ...] | None = None, axes: int = 2
+) -> None:
+    """Raise unless ``labels`` can be drawn: class indices in 0 .. 255 of the given shape."""
+    if not isinstance(labels, Tensor) or not checks.is_integer(labels):
+        raise TypeError(
+            f"{name} must be an integer tensor of class indices, got {checks.kind(labels)}. "
+            "Use argmax over the classes for logits, or .long()."
+        )
+    if labels.ndim != axes or shape not in (None, tuple(labels.shape)):
+        expected = shape or ("(height, width)" if axes == 2 else "(images, height, width)")
+        raise ValueError(
+            f"{name} must have shape {expected}, got {tuple(labels.shape)}. "
+            "Resize or index it to the image."
+        )
+    if labels.numel():
+        low, high = (int(value) for value in labels.long().aminmax())
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"{name} must be in 0 .. 255 to have a colour, got values from {low} to {high}. "
+                "Set what is unlabelled to 255."
+            )
+
+
+def _check_cosines(cosines: object) -> None:
+    """Raise unless ``cosines`` is one floating heat map."""
+    if not isinstance(cosines, Tensor) or not cosines.is_floating_point():
+        raise TypeError(
+            f"cosines must be a floating-point tensor, got {checks.kind(cosines)}. "
+            "Use centroid_heatmap."
+        )
+    if cosines.ndim != 2:
+        raise ValueError(
+            f"cosines must have shape (height, width), got {tuple(cosines.shape)}. "
+            "Index the image: cosines[0]."
+        )
+
+
+def _check_image(image: object) -> None:
+    """Raise unless ``image`` is a (3, height, width) picture."""
+    if not isinstance(image, Tensor) or not (
+        image.is_floating_point() or image.dtype == torch.uint8
+    ):
+        raise TypeError(
+            f"image must be a uint8 or floating-point tensor, got {checks.kind(image)}. "
+            "Undo the normalisation first."
+        )
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"image must have shape (3, height, width), got {tuple(image.shape)}. "
+            "Index the batch, and use image.permute(2, 0, 1) for channels that come last."
+        )
+
+
+def _check_one_image(features: object) -> None:
+    """Raise unless ``features`` is the map of a single image."""
+    features = checks.check_feature_map(features)
+    if len(features) != 1:
+        raise ValueError(
+            "features must be those of one image, (1, dim, height, width), "
+            f"got {tuple(features.shape)}. Index the batch: features[:1]."
+        )
+
+
+def _check_names(names: Sized | None, count: int) -> None:
+    """Raise if there are names but not one for each of ``count`` classes."""
+    if names is not None and len(names) < count:
+        raise ValueError(
+            f"names must hold one name for each of the {count} classes, got {len(names)}. "
+            "Name the classes in the order of their indices."
+        )
+
+
+def _check_not_empty(name: str, values: Sized) -> None:
+    """Raise if there is nothing to draw."""
+    if len(values) == 0:
+        raise ValueError(f"{name} must hold at least one entry, got none.")
