@@ -332,8 +332,8 @@ def why_not_the_logits(
 
     Returns:
         ``(padded, reason)``. The size that the model pads its images to and that of the logits,
-        if it crops these; else None. And the reason, '' if there is none: the answer, resized, is what is returned,
-        or nothing that is returned has its batch, classes and axes.
+        if it crops these; else None. And the reason, '' if there is none: the answer, resized, is
+        what is returned, or nothing that is returned has its batch, classes and axes.
     """
     pairs = []
     for logits in _tensors(output):
@@ -346,7 +346,8 @@ def why_not_the_logits(
     for a, b in first:
         if (padded := _padded_by(a, b)) is not None:
             return (padded, tuple(b.shape[2:])), ""
-    if not bool(first[0][0].isfinite().all()) or any(_alike(a, b) for a, b in first):
+    finite = all(bool(each.isfinite().all()) for each in first[0])
+    if not finite or any(_alike(a, b) for a, b in first):
         return None, ""
     a, b = pairs[0]
     return None, (
