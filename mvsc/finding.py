@@ -64,7 +64,7 @@ def find_classifier(
         return _prove(model, path, example)
     if path is not None:
         return path
-    candidates = _candidates(model)
+    candidates = _candidates(model) if hosts else _outside_other_models(model, _candidates(model))
     why, refused = "", refusal(model)
     if len(hosts) > 1:
         why = f"in one of {len(hosts)} segmenters"
@@ -72,8 +72,6 @@ def find_classifier(
         why = f"not where {hosts[0][1].library} keeps a pixel classifier"
     elif refused is not None and refused.types:
         why = "not the last layer"
-    elif is_no_segmenter(model):
-        why = f"a part of {type(model).__name__}, which is no segmenter that classifies pixels"
     if why:
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
@@ -109,9 +107,11 @@ def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
 
 def _linear_inside(model: nn.Module, path: str) -> str:
     """Return the path of the only layer with parameters at or below ``path``, if linear."""
-    module = model.get_submodule(path.removesuffix(".base_layer"))
+    path = path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+    module, names = _through_adapter(model.get_submodule(path), path.split("."))
+    path = ".".join(names)
     if is_pixel_linear(module):
-        return path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+        return path
     if any(isinstance(layer, _ConvTransposeNd) for layer in module.modules()):
         raise ValueError(
             f"classifier must answer for each pixel alone, got {type(module).__name__} {path!r}. "
@@ -205,6 +205,18 @@ def _candidates(model: nn.Module) -> dict[str, str]:
             if part in path.lower():
                 candidates[path] = meaning
     return candidates or single
+
+
+def _outside_other_models(model: nn.Module, candidates: dict[str, str]) -> dict[str, str]:
+    """Return the candidates with what speaks against those inside a model of another kind."""
+    for outer, module in model.named_modules():
+        if not is_no_segmenter(module):
+            continue
+        why = f"a part of {type(module).__name__}, which is no segmenter that classifies pixels"
+        for path, reason in candidates.items():
+            if reason in ("", _SINGLE) and (not outer or path.startswith(f"{outer}.")):
+                candidates[path] = why
+    return candidates
 
 
 def _width_read(layer: nn.Module) -> int:
