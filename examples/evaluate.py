@@ -128,11 +128,12 @@ def evaluate(
     processes: int = 1,
     window: int | None = None,
     stride: int | None = None,
-    look: Callable[[Tensor, Tensor], None] = lambda predicted, label: None,
+    look: Callable[[Tensor, Tensor], None] = lambda logits, label: None,
 ) -> dict[str, Any]:
     """Judge the segmenter on all images; processes share them and agree on the result.
 
-    ``look`` is shown each prediction and its label, int64 ``(height, width)``.
+    ``look`` is shown the logits of each image, ``(num_classes, height, width)``, and its label,
+    int64 ``(height, width)``.
 
     Returns:
         ``mIoU``, ``mAcc``, ``aAcc`` in percent, and ``iou``, one number in percent for each
@@ -158,7 +159,7 @@ def evaluate(
             # As argmax, which takes three times as long over the first dimension on a CPU.
             predicted, label = logits.max(dim=0).indices, label.to(device).long()
             confusion.update(predicted[None], label[None])
-            look(predicted, label)
+            look(logits, label)
     segmenter.model.train(training)
     found = confusion.compute().cpu()
     if not found.any():
