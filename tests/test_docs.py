@@ -3,10 +3,15 @@
 import doctest
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
+import runpy
+import statistics
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -168,24 +173,74 @@ def test_every_option_of_the_regularizer_has_a_row_in_the_docs():
 
 
 def test_every_proof_on_the_contract_page_exists():
-    pages = [(ROOT / "docs" / name).read_text("utf-8") for name in ("contract.md", "mutations.md")]
-    proofs = set(re.findall(r"`(test_\w+|AnyOrderOfEvents)`", "".join(pages)))
+    page = (ROOT / "docs" / "contract.md").read_text("utf-8")
+    proofs = set(re.findall(r"`(test_\w+|AnyOrderOfEvents)`", page))
     tests = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     defined = set(re.findall(r"^(?:def|class) (\w+)", tests, re.MULTILINE))
     assert len(proofs) > 40
     assert proofs <= defined
 
 
-def test_the_page_of_planted_bugs_has_them_all_and_each_was_noticed():
-    page = (ROOT / "docs" / "mutations.md").read_text("utf-8")
-    rows = re.findall(r"^\| (\d+) \| (\S+)\.py \| (.*) \| (.*) \|$", page, re.MULTILINE)
-    bugs = [(str(i), name, meaning) for i, (name, _, _, meaning) in enumerate(mutations.BUGS)]
-    assert [row[:3] for row in rows] == bugs
-    for number, *_, noticed in rows:
-        assert re.fullmatch(r"`\w+`|a crash|a hang", noticed), number
-    assert f"plants {len(bugs)} realistic bugs" in (ROOT / "docs" / "contract.md").read_text(
-        "utf-8"
-    )
+def test_the_contract_begins_with_ten_promises_and_their_tests():
+    page = (ROOT / "docs" / "contract.md").read_text("utf-8")
+    promises = re.findall(r"^(\d+)\. \*\*(?:(?!^\d+\. |^#).*\n)*", page, re.MULTILINE)
+    assert promises == [str(number) for number in range(1, 11)]
+    for each in re.split(r"^\d+\. ", page.partition("\n## ")[0], flags=re.MULTILINE)[1:]:
+        assert "`test_" in each
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text("utf-8")
+    prose = re.sub(r"^```.*?^```|^!.*?$|`[^`]*`|\]\([^)]*\)", "", text, flags=re.M | re.S)
+    assert len(text.splitlines()) <= 96
+    assert len(re.findall(r"(?<!\w)[-+\N{MINUS SIGN}]?\d+(?:\.\d+)?", prose)) <= 22
+
+
+def test_the_readmes_picture_is_the_scripts(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    figure = runpy.run_path(str(ROOT / "docs" / "gallery" / "method.py"))["figure"]
+    figure.savefig(tmp_path / "drawn.png", dpi=160)
+    kept, drawn = image.open(ROOT / "docs" / "method.png"), image.open(tmp_path / "drawn.png")
+    assert kept.size == drawn.size
+    difference = np.abs(np.asarray(kept, dtype=float) - np.asarray(drawn, dtype=float))
+    # Another version of matplotlib may draw edges and letters a little otherwise.
+    same_version = kept.info["Software"] == drawn.info["Software"]
+    assert difference.mean() <= (0 if same_version else 2)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_every_interval_in_the_prose_is_one_of_the_kept_scores(page):
+    report = tables_of_the_study()
+    measured = (report.RESULTS / "report.md").read_text("utf-8")
+    for cells in report.load(report.RESULTS).values():
+        for pair, name in itertools.product(itertools.permutations(cells, 2), report.SCORES):
+            measured += report.gain(report.paired(cells, *pair, name)) + "\n"
+    text = " ".join((ROOT / page).read_text("utf-8").replace("\N{MINUS SIGN}", "-").split())
+    bound = r"[+-]\d+\.\d+"
+    told = re.findall(rf"([+-]?\d\.\d+)(?: mIoU| mAcc| points)? (\[{bound}, {bound}\])", text)
+    assert told
+    for value, interval in told:
+        assert f"{value if value[0] in '+-' else '+' + value} {interval}" in measured
+
+
+@pytest.mark.parametrize(
+    ("head", "name"), [("deeplabv3plus", "DeepLabV3+"), ("segformer", "SegFormer's head")]
+)
+def test_the_readme_has_the_numbers_that_were_kept(head, name):
+    report = tables_of_the_study()
+    cells = report.load(report.RESULTS)["gpu", head]
+    plain, ours = ([cells[arm][seed]["mIoU"] for seed in range(5)] for arm in ("ce", "mvsc"))
+    gain = report.gain([after - before for before, after in zip(plain, ours, strict=True)])
+    row = f"| {name} | {statistics.mean(plain):.2f} | {statistics.mean(ours):.2f} | {gain} |"
+    assert row in (ROOT / "README.md").read_text("utf-8").replace("\N{MINUS SIGN}", "-")
+
+
+def tables_of_the_study():
+    pytest.importorskip("scipy")
+    folder = str(ROOT / "benchmarks" / "effect")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("report")
 
 
 def test_every_bug_to_be_planted_still_has_its_place():
