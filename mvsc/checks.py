@@ -362,28 +362,18 @@ def check_heatmap(features: object, centroids: object, class_index: object, grou
         _check_index("group", group, groups)
 
 
-def check_class_map(
-    name: str, labels: object, shape: tuple[int, ...] | None = None, axes: int = 2
-) -> None:
-    """Raise unless ``labels`` can be drawn: class indices in 0 .. 255 of the given shape."""
+def check_class_map(labels: object, shape: tuple[int, ...]) -> None:
+    """Raise unless ``labels`` holds the class indices of an image of this shape."""
     if not isinstance(labels, Tensor) or not _is_integer(labels):
         raise TypeError(
-            f"{name} must be an integer tensor of class indices, got {_kind(labels)}. "
+            f"labels must be an integer tensor of class indices, got {_kind(labels)}. "
             "Use argmax over the classes for logits, or .long()."
         )
-    if labels.ndim != axes or shape not in (None, tuple(labels.shape)):
-        expected = shape or ("(height, width)" if axes == 2 else "(images, height, width)")
+    if tuple(labels.shape) != shape:
         raise ValueError(
-            f"{name} must have shape {expected}, got {tuple(labels.shape)}. "
+            f"labels must have shape {shape}, got {tuple(labels.shape)}. "
             "Resize or index it to the image."
         )
-    if labels.numel():
-        low, high = (int(value) for value in labels.long().aminmax())
-        if low < 0 or high > 255:
-            raise ValueError(
-                f"{name} must be in 0 .. 255 to have a colour, got values from {low} to {high}. "
-                "Set what is unlabelled to 255."
-            )
 
 
 def check_cosines(cosines: object) -> None:

@@ -1,11 +1,8 @@
-import importlib
 import itertools
 import pickle
 import re
 import struct
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +15,9 @@ from scipy.io import savemat
 from torch.testing import assert_close
 from torchvision import tv_tensors
 
+import data
+import decoding
 import tiny_data
-
-# The examples are scripts that import each other as siblings.
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-data = importlib.import_module("data")
 
 MAKERS = {
     "cocostuff10k": ("cocostuff10k", tiny_data.make_cocostuff10k),
@@ -353,7 +348,7 @@ def test_layout_and_split_are_checked(folder):
 
 def test_opening_a_split_reads_no_image(made, monkeypatch):
     monkeypatch.setattr(Image, "open", None)
-    monkeypatch.setattr(data, "loadmat", None)
+    monkeypatch.setattr(decoding, "loadmat", None)
     assert len(data.open_split(*made, "train")) == 4
 
 

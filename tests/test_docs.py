@@ -8,7 +8,6 @@ import pkgutil
 import re
 import runpy
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +154,14 @@ def test_a_relative_link_leads_somewhere(page, link):
         assert anchor in anchors(target)
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+def test_every_file_that_is_named_is_there(page):
+    text = page.read_text("utf-8")
+    named = re.findall(r"(?<![\w./])((?:examples|benchmarks|docs|tests|mvsc)/[\w./-]*\w)", text)
+    for path in set(named):
+        assert (ROOT / path).exists() or "NAME" in path or path.startswith("docs/_build"), path
+
+
 def test_every_page_is_in_the_table_of_contents():
     pages = {path.stem for path in (ROOT / "docs").glob("*") if path.suffix in {".md", ".rst"}}
     trees = re.findall(
@@ -237,9 +244,6 @@ def test_the_readme_has_the_numbers_that_were_kept(head, name):
 
 def tables_of_the_study():
     pytest.importorskip("scipy")
-    folder = str(ROOT / "benchmarks" / "effect")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
     return importlib.import_module("report")
 
 

@@ -17,7 +17,7 @@ import tiny_data
 pytest.importorskip("pytorch_metric_learning")
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "benchmarks" / "effect"
-for each in (ROOT / "examples", ROOT / "benchmarks", STUDY):
+for each in (ROOT / "examples" / "recipes", ROOT / "benchmarks", STUDY):
     sys.path.insert(0, str(each))
 
 arms = importlib.import_module("arms")

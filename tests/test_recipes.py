@@ -22,8 +22,7 @@ import kill_and_resume
 import tiny_data
 
 pytest.importorskip("segmentation_models_pytorch")
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+SCRIPTS = Path(__file__).parents[1] / "examples" / "recipes"
 
 import ablate  # noqa: E402
 import evaluate  # noqa: E402
@@ -34,7 +33,7 @@ import train as training  # noqa: E402
 import visualize  # noqa: E402
 import weights  # noqa: E402
 from data import open_split  # noqa: E402
-from recipes import RECIPES, Recipe, Regularizer, check_recipe  # noqa: E402
+from recipes import RECIPES, Recipe, RegularizerOptions, check_recipe  # noqa: E402
 from train import train  # noqa: E402
 
 
@@ -191,7 +190,7 @@ def test_an_epoch_holds_every_image_once_in_another_order():
 def test_the_two_arms_differ_by_the_regularizer_alone(folder, tmp_path):
     # With all weights 0 it adds exactly nothing: another draw of weights, order, augmentation or
     # dropout would show.
-    idle = Regularizer(align_weight=0.0, pull_weight=0.0, classify_weight=0.0)
+    idle = RegularizerOptions(align_weight=0.0, pull_weight=0.0, classify_weight=0.0)
     recipe = tiny(folder, tmp_path / "idle", model="segformer-b0", steps=2, reg=idle)
     train(recipe)
     baseline = replace(recipe, mvsc=False, out=tmp_path / "baseline")
@@ -207,7 +206,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(folder, tmp_pa
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="holds a run already. Continue it with --resume"):
         train(recipe)
-    other = replace(recipe, resume=True, lr=0.5, reg=Regularizer(groups=2))
+    other = replace(recipe, resume=True, lr=0.5, reg=RegularizerOptions(groups=2))
     with pytest.raises(ValueError, match=r"lr was 0.001, is 0.5.*Resume it with its own"):
         train(other)
     assert before == {path: path.read_bytes() for path in before}
@@ -549,11 +548,11 @@ def start_late(run):
 
 training.Run.start = start_late
 
-def attach(model, recipe):
-    kept.extend([model, training.attach(model, recipe)])
+def regularize(model, recipe):
+    kept.extend([model, training.regularize(model, recipe)])
     return kept[1]
 
-training.train(recipe, attach=attach)
+training.train(recipe, regularize=regularize)
 rank = torch.distributed.get_rank()
 states = [part.state_dict() for part in kept]
 torch.save(states, Path(sys.argv[3]) / f"rank{rank}.pt")
@@ -567,7 +566,7 @@ def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     recipe = tiny(folder, tmp_path / "run", accumulate=2, crop=(64, 64))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [*launch, script, EXAMPLES, json.dumps(recipe.to_dict()), tmp_path]
+    command = [*launch, script, SCRIPTS, json.dumps(recipe.to_dict()), tmp_path]
     subprocess.run([str(part) for part in command], check=True, timeout=300)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_close(first, second, rtol=0, atol=0)
@@ -631,18 +630,6 @@ def test_a_report_shows_every_picture_and_needs_no_other_file(folder, tmp_path, 
     assert len(list((tmp_path / "own").glob("*_prediction.png"))) == 5
 
 
-def test_the_quickstarts_weights_are_shown_too(tmp_path):
-    import quickstart
-
-    settings = quickstart.Settings(
-        out=tmp_path, encoder="tu-test_resnet", images=4, size=(64, 32), epochs=1, batch_size=2
-    )
-    quickstart.main(replace(settings, device="cpu"))
-    visualize.main(visualize.Settings(tmp_path / "with-mvsc.safetensors", count=1, device="cpu"))
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"mosaic0_prediction.png", "mosaic0_heatmaps.png", "report.html"} <= names
-
-
 def test_an_ablation_keeps_its_cells_and_names_the_papers_numbers(folder, tmp_path, capsys):
     recipe = tiny(folder, None, steps=1)
     settings = ablate.Settings(recipe, table="groups", seeds=(0, 1), out=tmp_path)
@@ -699,7 +686,7 @@ def press_ctrl_c(command, metrics, lines):
 def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, tmp_path):
     shape = "--steps 2000 --batch-size 2 --crop 32 32 --scale 64 48 --workers 2 --cpu"
     saving = "--no-pretrained --log-every 1 --save-every 5000 --eval-every 5000 --resume"
-    command = [sys.executable, EXAMPLES / "train.py", "folder-segformer-lite0", *shape.split()]
+    command = [sys.executable, SCRIPTS / "train.py", "folder-segformer-lite0", *shape.split()]
     command += [*saving.split(), "--data-root", folder, "--out", tmp_path]
     errors = press_ctrl_c(command, tmp_path / "metrics.jsonl", 3)
     assert f"Stopped and saved in {tmp_path}; go on with --resume." in errors

@@ -1,4 +1,4 @@
-"""Data sets of a few small images, in the layouts that examples/data.py reads."""
+"""Data sets of a few small images, in the layouts that examples/recipes/data.py reads."""
 
 from pathlib import Path
 

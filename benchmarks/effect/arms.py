@@ -23,7 +23,9 @@ from mvsc.finding import find_classifier
 from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
 from mvsc.segment import segment_sum
 from recipes import Recipe
-from train import Attach, Criterion, attach, cross_entropy
+from train import Criterion, cross_entropy
+from train import Regularize as Attach
+from train import regularize as attach
 
 Vectors = Callable[[Tensor], Tensor]
 

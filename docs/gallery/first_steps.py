@@ -2,8 +2,9 @@
 
 import json
 
-import mosaics
 from matplotlib.figure import Figure
+
+import mosaics
 
 lines = mosaics.trained(regularized=True).metrics.read_text("utf-8").splitlines()
 logged = [entry for entry in map(json.loads, lines) if entry["step"] <= 100 and "align" in entry]

@@ -1,37 +1,28 @@
-"""Read segmentation data sets as they were published: COCO-Stuff, ADE20K, or a plain folder.
+"""The data sets: where their files lie, what their numbers mean, and how a split is read.
 
     from data import open_split
     image, label = open_split("cocostuff10k", Path("data/cocostuff10k"), "train")[0]
 
-``prepare_data.py`` downloads the data sets and checks them. What stands below ``root``:
-
-- ``cocostuff10k``: ``images/*.jpg``, ``annotations/*.mat`` and ``imageLists/{train,test}.txt`` as
-  in the archive of version 1.1, or MMSegmentation's
-  ``{images,annotations}/{train2014,test2014}`` with ``*_labelTrainIds.png``
-- ``cocostuff164k``: ``{images,annotations}/{train2017,val2017}`` with the published ``*.png`` or
-  MMSegmentation's ``*_labelTrainIds.png``
-- ``ade20k``: ``{images,annotations}/{training,validation}``
-- ``folder``: ``images/{train,val}/*.{jpg,jpeg,png}``, ``labels/{train,val}/*.png`` with a class
-  index for each pixel (255: unlabelled) and ``classes.txt``: one name a line, class 0 first
+``DATA_SETS`` is the one place that knows them: a further data set is a further entry there.
+``prepare_data.py`` downloads and checks them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.io import loadmat
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from quickstart import IGNORE, as_rgb, open_image, read_classes, stored_indices
+from decoding import IGNORE, SUFFIXES, as_rgb, open_image, read_classes, read_mat, stored_indices
 
-LAYOUTS = ("cocostuff10k", "cocostuff164k", "ade20k", "folder")
 NO_CLASS = -1
+GIB = 2**30
 
 
 def lookup_table(ids: Sequence[int], ignored: int = IGNORE) -> np.ndarray:
@@ -50,7 +41,7 @@ class Coding(NamedTuple):
     remedy: str = "Ask for the layout that the files have, or get the data set again."
 
 
-class Variant(NamedTuple):
+class Storage(NamedTuple):
     """One way to store a data set: the folders (or lists of names) of its splits, and the rest.
 
     A label is called like its image, with ``suffix`` in place of the image's.
@@ -59,13 +50,38 @@ class Variant(NamedTuple):
     train: str
     val: str
     suffix: str
-    classes: Path
-    coding: Coding
+    coding: Coding | None
+    """None: the numbers are the indices of the classes, and 255."""
     labels: str = "annotations"
+    mark: str = ""
+    """What, below the root, shows that the files are stored this way; with ``{split}`` for its
+    folder. Without one, they are if no other way's mark is there."""
 
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Of images."""
+class Archive(NamedTuple):
+    """A published archive and what is wanted of it."""
+
+    url: str
+    parts: dict[str, str]
+    """Folders in the archive (or in its one top folder), and where they go below the root."""
+    limit: int
+    """Bytes that it may unpack to: several times what it holds."""
+    checksum: str = ""
+    """What others published of it; the authors of the data sets published none."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set."""
+
+    stored: tuple[Storage, ...]
+    """The ways in which its files may be stored, those with a mark first."""
+    classes: Path | None = None
+    """Names of its classes; None: classes.txt below the root."""
+    published: dict[str, int] = field(default_factory=dict)
+    """Images of each split."""
+    archives: tuple[Archive, ...] = ()
+
 
 # COCO-Stuff numbers its classes from 1 to 182; eleven of them were never annotated.
 UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
@@ -78,7 +94,7 @@ STUFF_10K = Coding(
     lookup_table(STUFF_IDS, ignored=0),
     "0, or 1 .. 182 without the eleven numbers that COCO-Stuff 10k v1.1 leaves unused",
     "Version 1.0 uses these numbers, for other classes. Get version 1.1: run "
-    '"python examples/prepare_data.py cocostuff10k".',
+    '"python examples/recipes/prepare_data.py cocostuff10k".',
 )
 STUFF_10K_MMSEG = Coding(lookup_table(range(1, 172), ignored=0), "0 .. 171")
 STUFF_164K = Coding(
@@ -87,6 +103,79 @@ STUFF_164K = Coding(
 )
 STUFF_164K_MMSEG = Coding(lookup_table(range(171)), "0 .. 170, or 255")
 ADE20K = Coding(lookup_table(range(1, 151), ignored=0), "0 .. 150")
+
+CALVIN = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
+COCO = "http://images.cocodataset.org/zips"
+
+DATA_SETS = {
+    "cocostuff10k": DataSet(
+        (
+            Storage("train.txt", "test.txt", ".mat", STUFF_10K, mark="imageLists"),
+            Storage("train2014", "test2014", MMSEG, STUFF_10K_MMSEG),
+        ),
+        STUFF,
+        {"train": 9000, "val": 1000},
+        (
+            Archive(
+                f"{CALVIN}/cocostuff-10k-v1.1.zip",
+                {name: name for name in ("images", "annotations", "imageLists")},
+                limit=16 * GIB,
+            ),
+        ),
+    ),
+    "cocostuff164k": DataSet(
+        (
+            # MMSegmentation writes its maps beside the published ones.
+            Storage(
+                "train2017",
+                "val2017",
+                MMSEG,
+                STUFF_164K_MMSEG,
+                mark=f"annotations/{{split}}/[!.]*{MMSEG}",
+            ),
+            Storage("train2017", "val2017", ".png", STUFF_164K),
+        ),
+        STUFF,
+        {"train": 118287, "val": 5000},
+        (
+            Archive(
+                f"{COCO}/train2017.zip",
+                {"train2017": "images/train2017"},
+                limit=64 * GIB,
+                checksum="md5:cced6f7f71b7629ddf16f17bbcfab6b2",
+            ),
+            Archive(
+                f"{COCO}/val2017.zip",
+                {"val2017": "images/val2017"},
+                limit=4 * GIB,
+                checksum="md5:442b8da7639aecaf257c1dceb8ba8c80",
+            ),
+            Archive(
+                f"{CALVIN}/stuffthingmaps_trainval2017.zip",
+                {name: f"annotations/{name}" for name in ("train2017", "val2017")},
+                limit=8 * GIB,
+            ),
+        ),
+    ),
+    "ade20k": DataSet(
+        (Storage("training", "validation", ".png", ADE20K),),
+        ADE,
+        {"train": 20210, "val": 2000},
+        (
+            Archive(
+                "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                {name: name for name in ("images", "annotations")},
+                limit=8 * GIB,
+                checksum="sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",
+            ),
+        ),
+    ),
+    "folder": DataSet((Storage("train", "val", ".png", None, labels="labels"),)),
+}
+"""By name."""
+
+Layout = Literal[tuple(DATA_SETS)]
+"""The names, as the command lines take them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +217,7 @@ def open_split(layout: str, root: Path, split: Literal["train", "val"]) -> Segme
     """List a split; its files must all be there, and each is read when it is asked for.
 
     Args:
-        layout: One of ``LAYOUTS``.
+        layout: A name in ``DATA_SETS``.
         root: Folder of the data set.
         split: "train", or "val" for what the data set calls test or validation.
 
@@ -139,22 +228,23 @@ def open_split(layout: str, root: Path, split: Literal["train", "val"]) -> Segme
     if missing := data.missing_files():
         raise ValueError(
             f"{missing[0]} is missing (missing in all: {len(missing)}). Add it or remove the "
-            f'other file of its pair; "python examples/prepare_data.py {layout} --data-root '
-            f'{root} --check" lists every problem.'
+            'other file of its pair; "python examples/recipes/prepare_data.py '
+            f'{layout} --data-root {root} --check" lists every problem.'
         )
     return data
 
 
 def list_split(layout: str, root: Path, split: str) -> SegmentationData:
     """List a split as ``open_split`` does, but accept missing files."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    if layout not in DATA_SETS:
+        raise ValueError(f"layout must be one of {', '.join(DATA_SETS)}, got {layout!r}.")
     if split not in {"train", "val"}:
         raise ValueError(f'split must be "train" or "val", got {split!r}.')
     root = Path(root)
-    variant = find_variant(layout, root, split)
-    part = variant.train if split == "train" else variant.val
-    images, labels = root / "images", root / variant.labels
+    classes = tuple(read_classes(DATA_SETS[layout].classes or root / "classes.txt"))
+    stored = next(each for each in DATA_SETS[layout].stored if is_there(each, root, split))
+    part = getattr(stored, split)
+    images, labels = root / "images", root / stored.labels
     if part.endswith(".txt"):
         source = root / "imageLists" / part
         listed = source.read_text("utf-8").split() if source.is_file() else []
@@ -165,39 +255,31 @@ def list_split(layout: str, root: Path, split: str) -> SegmentationData:
         names = [n for n in names_in(images) if n.lower().endswith(SUFFIXES)]
     if not names:
         raise ValueError(f"{source} must list or hold images, found none. {remedy(layout, root)}")
-    pairs = [(images / name, labels / f"{Path(name).stem}{variant.suffix}") for name in names]
-    return SegmentationData(tuple(read_classes(variant.classes)), pairs, variant.coding)
+    pairs = [(images / name, labels / f"{Path(name).stem}{stored.suffix}") for name in names]
+    return SegmentationData(classes, pairs, stored.coding or indices(len(classes)))
 
 
-def find_variant(layout: str, root: Path, split: str) -> Variant:
-    """Find out by what is there whether the files are as published, or as MMSegmentation's."""
-    if layout == "ade20k":
-        return Variant("training", "validation", ".png", ADE, ADE20K)
-    if layout == "cocostuff10k":
-        if (root / "imageLists").is_dir():
-            return Variant("train.txt", "test.txt", ".mat", STUFF, STUFF_10K)
-        return Variant("train2014", "test2014", MMSEG, STUFF, STUFF_10K_MMSEG)
-    if layout == "cocostuff164k":
-        # MMSegmentation writes its maps beside the published ones.
-        if any(name.endswith(MMSEG) for name in names_in(root / "annotations" / f"{split}2017")):
-            return Variant("train2017", "val2017", MMSEG, STUFF, STUFF_164K_MMSEG)
-        return Variant("train2017", "val2017", ".png", STUFF, STUFF_164K)
-    path = root / "classes.txt"
-    count = len(read_classes(path))
-    coding = Coding(
+def is_there(stored: Storage, root: Path, split: str) -> bool:
+    """Return whether a mark is there, so that the files are stored in its way."""
+    mark = stored.mark.format(split=getattr(stored, split))
+    return not mark or any(root.glob(mark))
+
+
+def indices(count: int) -> Coding:
+    """Make the coding of labels that hold the indices of ``count`` classes."""
+    return Coding(
         lookup_table(range(count)),
         f"0 .. {count - 1}, or {IGNORE} for unlabelled pixels",
         "Renumber the labels (do they start at 1?) or complete classes.txt.",
     )
-    return Variant("train", "val", ".png", path, coding, labels="labels")
 
 
 def remedy(layout: str, root: Path) -> str:
-    if layout == "folder":
+    if not DATA_SETS[layout].archives:
         return "It needs images/train, images/val, labels/train, labels/val and classes.txt."
     return (
-        f'Run "python examples/prepare_data.py {layout} --data-root {root}", or give the folder '
-        "that images/ and annotations/ are in."
+        f'Run "python examples/recipes/prepare_data.py {layout} --data-root {root}", or give the '
+        "folder that images/ and annotations/ are in."
     )
 
 
@@ -232,22 +314,6 @@ def read_label(path: Path, coding: Coding) -> tv_tensors.Mask:
             f"{coding.remedy}"
         )
     return tv_tensors.Mask(torch.from_numpy(labels.astype(np.uint8)))
-
-
-def read_mat(path: Path) -> np.ndarray:
-    try:
-        numbers = loadmat(path, variable_names=["S"])["S"]
-    except Exception as error:  # broken bytes lead scipy to errors of any kind
-        raise ValueError(
-            f"{path} cannot be read for its label map S: {error!r}. Replace or remove it."
-        ) from error
-    whole = np.issubdtype(numbers.dtype, np.number) and (numbers == np.floor(numbers.real)).all()
-    if numbers.ndim != 2 or not whole:
-        raise ValueError(
-            f"{path} must hold a map S of whole numbers (height, width), got {numbers.dtype} of "
-            f"shape {numbers.shape}. Replace or remove it."
-        )
-    return numbers if numbers.dtype == np.uint8 else numbers.real.astype(np.int64)
 
 
 def check_sizes(image: Tensor, image_path: Path, label: Tensor, label_path: Path) -> None:
