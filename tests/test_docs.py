@@ -154,7 +154,9 @@ def test_a_relative_link_leads_somewhere(page, link):
         assert anchor in anchors(target)
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
 def test_every_file_that_is_named_is_there(page):
     text = page.read_text("utf-8")
     named = re.findall(r"(?<![\w./])((?:examples|benchmarks|docs|tests|mvsc)/[\w./-]*\w)", text)
