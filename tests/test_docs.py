@@ -62,6 +62,8 @@ def setting():
 
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page)])
 def test_a_python_block_runs_as_it_stands(block):
+    if "torch.optim.Muon" in block and not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
     names = setting()
     exec(compile(block, "block", "exec"), names)
     if "loss" in names:
