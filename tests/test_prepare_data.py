@@ -437,7 +437,7 @@ def test_a_check_prints_problems_and_frequencies_and_exits_with_1(tmp_path, monk
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["train: 4 images", "val: 2 images"]
     assert lines[-1] == "0 problems"
-    pixels, images = data.check(data.open_split("folder", root, "train"))[1:]
+    _, pixels, images, _ = data.check(data.open_split("folder", root, "train"))
     line = next(line for line in lines if "ignored" in line)
     assert line.split()[:5] == [
         "255",
@@ -456,7 +456,7 @@ def test_a_check_prints_problems_and_frequencies_and_exits_with_1(tmp_path, monk
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "2 problems"
     assert f"{wrong} must hold the numbers 0 .. 2" in printed
-    assert f"{missing} cannot be read" in printed
+    assert f"{missing} is missing" in printed
 
 
 def test_a_check_of_nothing_is_a_problem_in_both_splits(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ pytest.importorskip("segmentation_models_pytorch")
 SCRIPTS = Path(__file__).parents[1] / "examples" / "recipes"
 
 import ablate  # noqa: E402
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import loading  # noqa: E402
 import models  # noqa: E402
@@ -692,3 +694,106 @@ def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, t
     assert f"Stopped and saved in {tmp_path}; go on with --resume." in errors
     steps = [line["step"] for line in training.read_metrics(tmp_path / "metrics.jsonl")]
     assert state_of(tmp_path)["step"] == steps[-1] >= 3
+
+
+def run_script(name, *arguments, **options):
+    command = [sys.executable, SCRIPTS / name, *arguments]
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=env, **options
+    )
+
+
+SMALL = "--steps 1 --batch-size 2 --crop 32 32 --scale 64 48 --workers 0 --cpu --no-pretrained"
+
+
+def assert_one_line(run, expected):
+    assert run.returncode == 1, run.stderr
+    lines = [line for line in run.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert "Traceback" not in run.stderr
+    assert re.search(expected, lines[-1]), run.stderr
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_data_or_disk_is_one_line(folder, tmp_path):
+    broken = tiny_data.make_folder(tmp_path / "broken")
+    (broken / "classes.txt").write_bytes("cl\u00e9\n".encode("latin-1"))
+    train_it = ["folder-segformer-lite0", *SMALL.split(), "--data-root"]
+    run = run_script("train.py", *train_it, broken, "--out", tmp_path / "run")
+    assert_one_line(run, r"classes\.txt must be text in UTF-8")
+    (tmp_path / "file").touch()
+    run = run_script("train.py", *train_it, folder, "--out", tmp_path / "file" / "run")
+    assert_one_line(run, r"Not a directory: .*file/run'")
+    run = run_script("evaluate.py", broken / "classes.txt")
+    assert_one_line(run, r"must be a \.safetensors file that train\.py wrote")
+    run = run_script("prepare_data.py", "folder", "--data-root", tmp_path / "none", "--check")
+    assert run.returncode == 1
+    assert run.stdout.splitlines()[-1] == "2 problems"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_file(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file.partial").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as done:
+        commands.run(
+            lambda: weights.write_whole(tmp_path / "file", lambda path: path.write_text("a"))
+        )
+    assert done.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_state_is_named(folder, tmp_path, kept):
+    recipe = tiny(folder, tmp_path, steps=2, resume=True)
+    train(recipe)
+    state = tmp_path / "last.pt"
+    state.write_bytes(state.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{state} must be a state that train\.py wrote, but"):
+        train(recipe)
+
+
+def test_pictures_of_other_classes_are_refused(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data")
+    recipe = tiny(root, tmp_path / "run", steps=2)
+    train(recipe)
+    (root / "classes.txt").write_text("class 1\nclass 0\nclass 2\n")
+    settings = visualize.Settings(recipe.out / "last.safetensors", device="cpu")
+    with pytest.raises(ValueError, match=r"classes of the weights, class 0, .*, got class 1"):
+        visualize.main(settings)
+
+
+def test_a_validation_of_a_single_class_warns_of_masks_of_0_and_255(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data", classes=2)
+    for path in root.glob("labels/*/*.png"):
+        with Image.open(path) as image:
+            numbers = np.array(image)
+        Image.fromarray(np.where(numbers == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.warns(UserWarning, match="show a single class; .* Masks of 0 and 255 must have"):
+        train(tiny(root, tmp_path / "run", steps=1))
+
+
+def test_a_prediction_lies_as_its_image_is_shown(folder, tmp_path):
+    train(tiny(folder, tmp_path / "run", steps=2))
+    photo = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken upright: stored on its side
+    with Image.open(next((folder / "images" / "val").iterdir())) as image:
+        image.save(photo, exif=exif)
+        width, height = image.size
+    weights_file = tmp_path / "run" / "last.safetensors"
+    predict.main(predict.Settings(weights_file, (photo,), out=tmp_path / "out", device="cpu"))
+    for name in ("photo_mask.png", "photo_overlay.jpg"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size == (height, width)
+            assert picture.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "predict", "visualize", "ablate", "prepare_data"]
+)
+@pytest.mark.slow
+def test_every_script_runs_from_any_folder(name, tmp_path):
+    run = run_script(f"{name}.py", "--help", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "usage:" in run.stdout

@@ -7,6 +7,8 @@
 ``prepare_data.py`` downloads and checks them.
 """
 
+import difflib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,16 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from tqdm import tqdm
 
-from decoding import IGNORE, SUFFIXES, as_rgb, open_image, read_classes, read_mat, stored_indices
+from decoding import (
+    IGNORE,
+    SUFFIXES,
+    as_rgb,
+    open_image,
+    orientation_of,
+    read_classes,
+    read_mat,
+    stored_indices,
+)
 
 NO_CLASS = -1
 GIB = 2**30
@@ -188,6 +199,8 @@ class SegmentationData(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
     """Image and label of each item."""
     coding: Coding
     """What the numbers in the label files stand for."""
+    split: str = ""
+    """"train" or "val"."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -206,11 +219,13 @@ class SegmentationData(Dataset[tuple[tv_tensors.Image, tv_tensors.Mask]]):
 
 
 class Report(NamedTuple):
-    """What ``check`` found: problems, and for each label 0 .. 255 its pixels and images."""
+    """What ``check`` found: problems, for each label 0 .. 255 its pixels and images, and notes."""
 
     problems: list[str]
     pixels: np.ndarray
     images: np.ndarray
+    notes: tuple[str, ...] = ()
+    """What may be right, and has to be known."""
 
 
 def open_split(layout: str, root: Path, split: Literal["train", "val"]) -> SegmentationData:
@@ -227,9 +242,9 @@ def open_split(layout: str, root: Path, split: Literal["train", "val"]) -> Segme
     data = list_split(layout, root, split)
     if missing := data.missing_files():
         raise ValueError(
-            f"{missing[0]} is missing (missing in all: {len(missing)}). Add it or remove the "
-            'other file of its pair; "python examples/recipes/prepare_data.py '
-            f'{layout} --data-root {root} --check" lists every problem.'
+            f"{describe_missing(missing[0], data)} Missing in all: {len(missing)}; "
+            f'"python examples/recipes/prepare_data.py {layout} --data-root {root} --check" lists '
+            "every problem."
         )
     return data
 
@@ -256,7 +271,15 @@ def list_split(layout: str, root: Path, split: str) -> SegmentationData:
     if not names:
         raise ValueError(f"{source} must list or hold images, found none. {remedy(layout, root)}")
     pairs = [(images / name, labels / f"{Path(name).stem}{stored.suffix}") for name in names]
-    return SegmentationData(classes, pairs, stored.coding or indices(len(classes)))
+    stems = [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(
+            f"{source} must hold images of different names, since a label is called like its "
+            f"image, got {' and '.join(n for n in names if Path(n).stem == twice)}. Rename or "
+            "remove one."
+        )
+    return SegmentationData(classes, pairs, stored.coding or indices(len(classes)), split)
 
 
 def is_there(stored: Storage, root: Path, split: str) -> bool:
@@ -270,7 +293,8 @@ def indices(count: int) -> Coding:
     return Coding(
         lookup_table(range(count)),
         f"0 .. {count - 1}, or {IGNORE} for unlabelled pixels",
-        "Renumber the labels (do they start at 1?) or complete classes.txt.",
+        "Renumber the labels (do they start at 1?), give unlabelled pixels 255, or complete "
+        "classes.txt.",
     )
 
 
@@ -290,8 +314,32 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def describe_missing(path: Path, data: SegmentationData) -> str:
+    """Say that a file of a pair is missing, and of a label what it has to be called."""
+    text = f"{path} is missing. Add it or remove the other file of its pair."
+    suffix = data.pairs[0][1].name.removeprefix(data.pairs[0][0].stem)
+    if not path.name.endswith(suffix) or path in {image for image, _ in data.pairs}:
+        return text
+    text += f" A label is called like its image, with {suffix} at the end"
+    names = names_in(path.parent)
+    same = [name for name in names if plain(name) == plain(path.name)]
+    if not names:
+        return f"{text}."
+    if same and same[0].lower() == path.name.lower():
+        return f"{text}: rename {same[0]}."
+    if same:
+        return f"{text}; one here has the same name in other Unicode characters (NFC, NFD)."
+    used = {label.name for _, label in data.pairs}
+    others = [name for name in names if name not in used]
+    close = difflib.get_close_matches(path.name, others, 1, cutoff=0)
+    return f"{text}; the folder has {close[0]}." if close else f"{text}."
+
+
+def plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def read_image(path: Path) -> tv_tensors.Image:
-    # The labels were drawn on the pixels as they are stored: an EXIF orientation stays unused.
     with open_image(path) as image:
         pixels = np.array(as_rgb(image, path))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -318,16 +366,25 @@ def read_label(path: Path, coding: Coding) -> tv_tensors.Mask:
 
 def check_sizes(image: Tensor, image_path: Path, label: Tensor, label_path: Path) -> None:
     if image.shape[1:] != label.shape:
+        cause = "Make both from one original."
+        if (orientation := orientation_of(image_path)) > 4:
+            cause = (
+                f"The image is shown turned (EXIF orientation {orientation}), and so must be its "
+                "label; or save the image anew without an orientation."
+            )
         raise ValueError(
             f"{label_path} must have the height and width of {image_path}, "
-            f"{tuple(image.shape[1:])}, got {tuple(label.shape)}. Make both from one original."
+            f"{tuple(image.shape[1:])}, got {tuple(label.shape)}. {cause}"
         )
 
 
 def check(data: SegmentationData) -> Report:
     """Read all files of a split and collect what is wrong with any, not only with the first."""
-    problems = [f"{path} has no image. Add it or remove the label." for path in stray_labels(data)]
+    missing = set(data.missing_files())
+    problems = [describe_missing(path, data) for path in sorted(missing)]
+    problems += [f"{path} has no image. Add it or remove the label." for path in stray_labels(data)]
     pixels, images = np.zeros((2, 256), np.int64)
+    turned, unread = [], 0
 
     def attempt(step, *args):
         try:
@@ -336,15 +393,57 @@ def check(data: SegmentationData) -> Report:
             problems.append(str(error))
 
     for image_path, label_path in tqdm(data.pairs, "checking", mininterval=1):
-        image = attempt(read_image, image_path)
-        label = attempt(read_label, label_path, data.coding)
+        image = None if image_path in missing else attempt(read_image, image_path)
+        label = None if label_path in missing else attempt(read_label, label_path, data.coding)
+        if image is not None and (orientation := orientation_of(image_path)) > 1:
+            turned.append(f"{image_path} ({orientation})")
         if image is not None and label is not None:
             attempt(check_sizes, image, image_path, label, label_path)
-        if label is not None:
+        if label is None:
+            unread += 1
+        else:
             counts = np.bincount(label.numpy().ravel(), minlength=256)
             pixels += counts
             images += counts > 0
-    return Report(problems, pixels, images)
+            if counts[:IGNORE].sum() == 0:
+                problems.append(f"{label_path} has no labelled pixel. Label it or remove the pair.")
+    if not unread:
+        problems += missing_classes(data, pixels)
+    return Report(problems, pixels, images, notes_on(turned))
+
+
+def missing_classes(data: SegmentationData, pixels: np.ndarray) -> list[str]:
+    """Say it if a split shows one class only, or the training images lack some."""
+    shown = np.flatnonzero(pixels[: len(data.classes)])
+    folder = data.pairs[0][1].parent
+    if len(data.classes) > 1 and len(shown) == 1:
+        cause = "Check that the labels hold the indices of the classes."
+        if pixels[IGNORE]:
+            cause = (
+                "All other pixels are unlabelled: in masks of 0 and 255 give the foreground its "
+                "index in place of 255."
+            )
+        only = data.classes[shown[0]]
+        return [f"{folder} must show at least two classes, found only {only!r}. {cause}"]
+    absent = [name for index, name in enumerate(data.classes) if pixels[index] == 0]
+    if data.split != "train" or not absent or not len(shown):
+        return []
+    listed = ", ".join(absent[:10]) + ", ..." * (len(absent) > 10)
+    return [
+        f"{folder} must show every class, found no pixel of {len(absent)}: {listed}. Leave out "
+        f"what nothing shows. {data.coding.remedy}"
+    ]
+
+
+def notes_on(turned: list[str]) -> tuple[str, ...]:
+    """Say which images are not read as they are stored."""
+    if not turned:
+        return ()
+    return (
+        f"{len(turned)} images have an EXIF orientation and are read as viewers show them, turned; "
+        "their labels must be drawn on that. If they were drawn on the pixels as stored, save the "
+        f"images without an orientation: {', '.join(turned[:5])}{', ...' * (len(turned) > 5)}",
+    )
 
 
 def stray_labels(data: SegmentationData) -> list[Path]:

@@ -7,6 +7,7 @@ Images are fitted into the recipe's scale; logits are brought back to the labels
 they are judged. There is no test-time augmentation. ``--window`` slides over the resized image.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,6 +171,13 @@ def evaluate(
     if not found.any():
         folder = data.pairs[0][1].parent
         raise ValueError(f"{folder} must have a labelled pixel, found none. Check its labels.")
+    if len(data.classes) > 1 and (found.sum(dim=1) > 0).sum() == 1:
+        warnings.warn(
+            "The validation labels show a single class; all scores are about that one. Masks of 0 "
+            "and 255 must have the foreground's index in place of 255. prepare_data.py --check "
+            "says more.",
+            stacklevel=2,
+        )
     return scores(found)
 
 
@@ -209,17 +217,22 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
     return segmenter, recipe, classes
 
 
+def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
+    """Raise unless data have the classes of the weights, in their order."""
+    if list(classes) != list(data.classes):
+        raise ValueError(
+            f"the data must have the classes of the weights, {', '.join(classes)}, got "
+            f"{', '.join(data.classes)}. Complete classes.txt in the order of the training."
+        )
+
+
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     check_window(settings.window, settings.stride)
     segmenter, recipe, classes = load_segmenter(settings.weights, device)
     recipe = replace(recipe, workers=settings.workers)
     data = open_split(recipe.layout, settings.data_root or recipe.data_root, "val")
-    if list(classes) != list(data.classes):
-        raise ValueError(
-            f"the data must have the classes of the weights, {', '.join(classes)}, got "
-            f"{', '.join(data.classes)}. Complete classes.txt in the order of the training."
-        )
+    check_classes(classes, data)
     result = evaluate(
         segmenter, data, recipe, device, window=settings.window, stride=settings.stride
     )

@@ -298,7 +298,7 @@ def check_members(
 
 def report(layout: str, root: Path) -> int:
     """Print the problems of both splits and how often each class occurs; return their number."""
-    problems, found = [], []
+    problems, notes, found = [], [], []
     classes: tuple[str, ...] = ()
     for split in SPLITS:
         try:
@@ -310,11 +310,12 @@ def report(layout: str, root: Path) -> int:
         classes = data.classes
         found.append(check(data))
         problems += found[-1].problems
+        notes += found[-1].notes
         print(f"{split}: {how_many(data, layout, split)}")
     if classes:
         print(frequencies(classes, found))
-    for problem in problems:
-        print(problem)
+    for text in (*notes, *problems):
+        print(text)
     print(f"{len(problems)} problems")
     return len(problems)
 

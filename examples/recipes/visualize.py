@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 
 from commands import run
 from data import IGNORE, open_split, read_image
-from evaluate import load_segmenter, logits_at, pick_device
+from evaluate import check_classes, load_segmenter, logits_at, pick_device
 from loading import fit
 from models import Segmenter, features_of
 from mvsc import plotting
@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
         paths = find_images(settings.images)
         scenes = [Scene(path.stem, read_image(path), None) for path in paths]
     else:
-        scenes = validation_scenes(recipe, settings.count)
+        scenes = validation_scenes(recipe, names, settings.count)
 
     out = settings.out or settings.weights.parent / "report"
     out.mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,10 @@ def main(settings: Settings) -> None:
     print(f"wrote {len(pictures)} pictures and {out / 'report.html'}")
 
 
-def validation_scenes(recipe: Recipe, count: int) -> list[Scene]:
+def validation_scenes(recipe: Recipe, names: Sequence[str], count: int) -> list[Scene]:
     """Take validation images at equal distances."""
     data = open_split(recipe.layout, recipe.data_root, "val")
+    check_classes(names, data)
     chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
     return [Scene(data.pairs[i][0].stem, *data[i]) for i in chosen]
 
