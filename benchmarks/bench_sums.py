@@ -4,7 +4,7 @@
     python benchmarks/bench_sums.py --quick    # tiny: checks equality, writes nothing
 
 The kernel's two halves apart, which bench_segment_mean.py times together: this is what the ways in
-mvsc/segment.py were chosen by. Each is first compared with float64. Medians of triton's do_bench,
+mvsc/kernel.py were chosen by. Each is first compared with float64. Medians of triton's do_bench,
 which empties the cache before each run.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from measure import command_line, medians, write
-from mvsc import segment
+from mvsc import kernel
 
 Sum = Callable[[Tensor, Tensor, int], Tensor]
 Spread = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -90,7 +90,7 @@ def sparse_product(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
 
 SUMS: dict[str, Sum] = {
-    "index_add by blocks, as on a CPU": segment._index_add_sum,
+    "index_add by blocks, as on a CPU": kernel._index_add_sum,
     "index_add of rows": index_add_rows,
     "scatter_add of rows": scatter_add_rows,
     "scatter_add along the pixels": scatter_add_pixels,
@@ -103,11 +103,11 @@ SUMS: dict[str, Sum] = {
 
 
 def gather_pixels(table: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
-    return segment._spread(table, cells, dtype, channels_last=False)
+    return kernel._spread(table, cells, dtype, channels_last=False)
 
 
 def select_rows(table: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:
-    return segment._spread(table, cells, dtype, channels_last=True)
+    return kernel._spread(table, cells, dtype, channels_last=True)
 
 
 def copied_rows(table: Tensor, cells: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,8 @@ from mvsc import diagnostics, equations
 from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach
 from mvsc.distributed import assert_in_sync
 from mvsc.equations import MVSCTerms
+from mvsc.kernel import segment_mean
 from mvsc.regularizer import MVSCRegularizer
-from mvsc.segment import segment_mean
 
 __version__ = "0.1.0"
 

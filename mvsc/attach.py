@@ -2,71 +2,26 @@
 
 import inspect
 import logging
-import weakref
+import warnings
 from collections.abc import Callable
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.hooks import RemovableHandle
 
-from mvsc import checks
+from mvsc.classifier import widths
 from mvsc.equations import MVSCTerms
-from mvsc.finding import ClassifierNotFoundError, Linear, find_classifier
+from mvsc.finding import ClassifierNotFoundError, find_classifier, why_not_the_logits
+from mvsc.hosts import HOSTS
 from mvsc.regularizer import MVSCRegularizer
+from mvsc.tap import DATA_PARALLEL, Hook, Tap
 
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach"]
 
 logger = logging.getLogger("mvsc")
 
-_NOT_ATTACHED = (
-    "This regularizer is attached to no model: it was detached, copied or unpickled. "
-    "Call mvsc.attach on the model that is trained."
-)
-_NO_FORWARD = (
-    "no forward ran since. Call the model first; if it, or another model of its class, was "
-    "compiled and called without a regularizer, its hooks do not run: attach before the first "
-    "call, call torch.compiler.reset(), or set "
-    "torch._dynamo.config.skip_nnmodule_hook_guards = False."
-)
-_EVALUATION = "the last forward ran in evaluation mode. Call model.train() before it."
-_WITHOUT_GRADIENTS = (
-    "the last forward ran without gradients. Leave torch.no_grad() for it; if it is "
-    "checkpointed, set use_reentrant=False."
-)
-_USED_UP = (
-    "those of the last forward are used up. Call reg(labels) or reg.terms(labels) once for "
-    "each forward, and reg.total(terms) for the weighted sum."
-)
-_TWO_FORWARDS = (
-    "The classifier ran more than once since the last loss, so it is open which features belong "
-    "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
-    "forward that has no loss of its own. If the model itself calls it more than once, pass the "
-    "features to MVSCRegularizer."
-)
-_NO_LABELS = (
-    "Two forwards in a row got no labels, so add_to_loss had nothing to add. Pass labels to the "
-    "model, or attach without add_to_loss and add reg(labels) to the loss yourself."
-)
-_NO_GRADIENT = (
-    "The features have no gradient, so the loss could not reach the encoder: all before the "
-    "classifier is frozen, or runs in a reentrant checkpoint. Unfreeze it, or set "
-    "use_reentrant=False."
-)
-_REPLACED = (
-    "The classifier was replaced since it was attached. Call detach() and attach again; if the new "
-    "one is more than a linear layer, pass features and classifier to MVSCRegularizer."
-)
-_CHANGED = (
-    "The features were changed in place after they were taken. Make the operation that follows "
-    "out of place (inplace=False), or pass the features to MVSCRegularizer yourself."
-)
-_DATA_PARALLEL = (
-    "model must not be in nn.DataParallel: its replicas run in threads and share one tap. "
-    "Use DistributedDataParallel."
-)
+_UNLABELLED_FORWARDS = 10
+"""Forwards without labels, and none with, after which add_to_loss says that it does nothing."""
 
 
 def attach(
@@ -88,16 +43,17 @@ def attach(
 
     Args:
         model: the segmenter.
-        classifier: the last linear layer, a Conv2d or a Linear, or a module that holds just
+        classifier: the last linear layer, a convolution or a Linear, or a module that holds just
             one; or its dotted path.
         example: a batch for one forward in evaluation mode that proves the pick: a tensor, or a
             tuple or mapping of arguments.
         groups: G.
         add_to_loss: whether to add the loss to ``output.loss`` of a model that takes ``labels``,
             as those of transformers do: then no training loop has to be touched.
-        **options: of :class:`MVSCRegularizer`. ``ignore_index``, by default 255, or that of the
-            model's transformers config, should be that of the model's own loss. ``num_classes``
-            and ``dim`` are the classifier's; if given, they have to be.
+        **options: of :class:`MVSCRegularizer`. ``ignore_index``, by default that of the model's
+            transformers config or else the regularizer's own, should be that of the model's own
+            loss. ``num_classes`` and ``dim`` are the classifier's; if given, they have to be. One
+            logit is two classes.
 
     Returns:
         The regularizer, on the model's device. Its centroids have to be given to the optimizer,
@@ -106,7 +62,7 @@ def attach(
     Raises:
         ClassifierNotFoundError: if no classifier is certain; it lists the candidates.
         ValueError: if the model cannot be tapped (DataParallel, FSDP1, attached already), or the
-            classifier gives a single logit or not the ``num_classes`` that were given.
+            classifier has no answer for a pixel alone or not the ``num_classes`` that were given.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1))
@@ -120,16 +76,19 @@ def attach(
     """
     model = _unwrap(model)
     path = find_classifier(model, classifier, example)
-    layer = cast(Linear, model.get_submodule(path))
+    layer = model.get_submodule(path)
     options = _options_of_config(model, path) | options
-    if isinstance(layer, nn.Conv2d):
-        dim, num_classes = layer.in_channels, layer.out_channels
-    else:
-        dim, num_classes = layer.in_features, layer.out_features
-    sizes = {"dim": dim, "num_classes": num_classes}
-    checks.check_sizes_of_classifier(path, sizes, options)
+    dim, logits = widths(layer)
+    sizes = {"dim": dim, "num_classes": max(logits, 2)}  # one logit stands for two classes
+    for name, found in sizes.items():
+        if options.get(name, found) != found:
+            raise ValueError(
+                f"{name} must be that of the classifier, {found} of {path!r}, got "
+                f"{options[name]}. Name another layer, classifier=..., or leave it out."
+            )
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
-    return AttachedRegularizer(model, path, regularizer.to(layer.weight.device), add_to_loss)
+    device = next(layer.parameters()).device
+    return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss)
 
 
 class AttachedRegularizer(nn.Module):
@@ -153,26 +112,39 @@ class AttachedRegularizer(nn.Module):
         self.regularizer = regularizer
         self.classifier_path = path
         # The tap is no module: the model must not become a part of its own regularizer.
-        self._tap = _Tap()
+        self._tap = Tap()
         self._tap.open(model, path, self)
+        _FirstForward(self._tap).open(model)
         if add_to_loss:
-            self._tap.add_to_loss(model, self)
+            AddToLoss(self._tap, regularizer).open(model)
         logger.info("attached to classifier %r of %s", path, type(model).__name__)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a setting of ``regularizer``, which would be without effect here."""
-        inside = self.__dict__.get("_modules", {}).get("regularizer")
-        if hasattr(inside, name) and not hasattr(self, name):
+        if name in _SETTINGS:
             raise AttributeError(
                 f"{name} is a setting of the regularizer inside. Set reg.regularizer.{name}."
             )
         super().__setattr__(name, value)
 
-    def forward(self, labels: Tensor) -> Tensor:
+    @property
+    def features(self) -> Tensor:
+        """The map that entered the classifier in the last forward, of whatever mode, to look at.
+
+        Detached, shape ``(batch, dim, *spatial)``, before a dropout; for diagnostics and pictures.
+        It is let go when the next forward begins.
+
+        Raises:
+            RuntimeError: if there was no forward since the model was attached.
+        """
+        return self._tap.look()
+
+    def forward(self, labels: Tensor, *, grid: tuple[int, ...] | None = None) -> Tensor:
         """Compute the loss of the last forward, see :meth:`MVSCRegularizer.forward`.
 
         Args:
-            labels: class map of the batch, shape ``(batch, H, W)``, any integer dtype.
+            labels: class map of the batch, shape ``(batch, *spatial')``, any integer dtype.
+            grid: height and width of tokens, as in :meth:`MVSCRegularizer.forward`.
 
         Returns:
             Scalar, to be added to the model's own loss before one backward.
@@ -180,12 +152,12 @@ class AttachedRegularizer(nn.Module):
         Raises:
             RuntimeError: if the last forward left no features that can be used.
         """
-        loss: Tensor = self._tap.use(self.regularizer, labels)
+        loss: Tensor = self._tap.use(self.regularizer, labels, grid=grid)
         return loss
 
-    def terms(self, labels: Tensor) -> MVSCTerms:
+    def terms(self, labels: Tensor, *, grid: tuple[int, ...] | None = None) -> MVSCTerms:
         """Compute the three terms, unweighted; in place of a call, see :meth:`forward`."""
-        terms: MVSCTerms = self._tap.use(self.regularizer.terms, labels)
+        terms: MVSCTerms = self._tap.use(self.regularizer.terms, labels, grid=grid)
         return terms
 
     def total(self, terms: MVSCTerms) -> Tensor:
@@ -215,172 +187,144 @@ class AttachedRegularizer(nn.Module):
         return f"classifier_path={self.classifier_path!r}"
 
 
-class _Tap:
-    """Hooks on a model that keep the features of its last forward until they are used.
+_SETTINGS = frozenset(inspect.signature(MVSCRegularizer).parameters)
 
-    A copy of the tap, made with a copy of the model, is attached to nothing: an EMA or teacher
-    model never writes into its student's tap, and no graph is ever copied.
+
+class AddToLoss:
+    """A client of the tap that adds the loss in the forward of a model that gets labels.
+
+    Features and labels come in one forward, so nothing is left open by a forward without labels,
+    or by one that failed.
+
+    Args:
+        tap: open on the model.
+        regularizer: whose loss is added. Not the attached one, which may go: who attaches again
+            takes its place.
+        scale: asked in each forward for a factor of the loss.
     """
 
-    model: Callable[[], nn.Module | None]
-    owner: Callable[[], AttachedRegularizer | None]
+    def __init__(
+        self,
+        tap: Tap,
+        regularizer: MVSCRegularizer,
+        scale: Callable[[], float] | None = None,
+    ) -> None:
+        self.tap, self.regularizer, self.scale = tap, regularizer, scale
+        self.unlabelled = 0
+        self.position: int | None = None
 
-    def __init__(self) -> None:
-        self.classifier: Linear | None = None
-        self.handles: list[RemovableHandle] = []
-        self.working = False
-        self.clear()
+    def open(self, model: nn.Module) -> None:
+        """Hook on to the model.
 
-    def __reduce__(self) -> tuple[type["_Tap"], tuple[()]]:
-        return _Tap, ()
-
-    def open(self, model: nn.Module, path: str, owner: AttachedRegularizer) -> None:
-        entrance = _entrance(model, path)
-        module = model.get_submodule(entrance)
-        for hook in list(module._forward_pre_hooks.values()):
-            other = getattr(hook, "__self__", None)
-            if not isinstance(other, _Tap) or other.classifier is None:
-                continue
-            if other.owner() is None:  # Nobody is left who could use or detach it.
-                other.close()
-            else:
-                raise ValueError(
-                    f"model must have one regularizer at a time, got one attached to {path!r} "
-                    "already. Call its detach() first."
-                )
-        for dropout in _dropouts_near(model, path, entrance):
-            self.handles += [
-                dropout.register_forward_pre_hook(self._before_dropout, with_kwargs=True),
-                dropout.register_forward_hook(self._after_dropout),
-            ]
-        self.handles.append(
-            module.register_forward_pre_hook(self._before_classifier, with_kwargs=True)
-        )
-        self.classifier = cast(Linear, model.get_submodule(path))
-        self.model, self.owner, self.path = weakref.ref(model), weakref.ref(owner), path
-
-    def add_to_loss(self, model: nn.Module, loss: Callable[[Tensor], Tensor]) -> None:
-        names = list(inspect.signature(model.forward).parameters)
+        Raises:
+            ValueError: if it takes no labels; the tap is closed.
+        """
+        parameters = inspect.signature(model.forward).parameters
+        kinds = {each.kind for each in parameters.values()}
+        names = list(parameters)
+        if inspect.Parameter.VAR_KEYWORD in kinds and "labels" not in names:
+            # A wrapper hands on what it gets: the model inside knows the names.
+            inner = [[*inspect.signature(m.forward).parameters] for m in model.modules()]
+            names = next((each for each in inner if "labels" in each), names)
         if "labels" not in names:
-            self.close()
+            self.tap.close()
             raise ValueError(
                 "add_to_loss needs a model that takes labels and returns a loss, got "
                 f"{type(model).__name__}, which takes {', '.join(names)}. "
                 "Add reg(labels) to the loss yourself."
             )
-        self.loss, self.position = loss, names.index("labels")
-        self.handles.append(model.register_forward_hook(self._after_model, with_kwargs=True))
+        self.position = names.index("labels")
+        self.tap.handles += [
+            model.register_forward_pre_hook(Hook(self, self._before)),
+            model.register_forward_hook(
+                Hook(self, self._after), with_kwargs=True, always_call=True
+            ),
+        ]
 
-    def clear(self, missing: str = _NO_FORWARD) -> None:
-        self.features: Tensor | None = None
-        self.version: int | None = None
-        self.forwards = 0
-        self.missing = missing
-        self.undropped: Tensor | None = None
-        self.dropped: Tensor | None = None
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.tap.listens(module):
+            self.tap.clear()
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles, self.classifier = [], None
-        self.clear()
-
-    def use(self, call: Callable[..., Any], labels: Tensor) -> Any:
-        """Return ``call(features, labels, classifier)``; the features are used up by it."""
-        features, classifier = self._take(), self.classifier
-        if isinstance(classifier, nn.Linear):
-            features = features.movedim(-1, 1)
-        self.working = True  # The call asks the classifier too: that is no forward.
-        try:
-            return call(features, labels, classifier)
-        finally:
-            self.working = False
-
-    def _take(self) -> Tensor:
-        features, version, forwards, missing = (
-            self.features,
-            self.version,
-            self.forwards,
-            self.missing,
-        )
-        self.clear(missing if features is None else _USED_UP)
-        if self.classifier is None:
-            raise RuntimeError(_NOT_ATTACHED)
-        if not torch.compiler.is_compiling() and self._replaced():
-            raise RuntimeError(_REPLACED)
-        if forwards > 1:
-            raise RuntimeError(_TWO_FORWARDS)
-        if features is None:
-            raise RuntimeError(f"There are no features for this loss: {missing}")
-        if not features.requires_grad:
-            raise RuntimeError(_NO_GRADIENT)
-        if version is not None and features._version != version:
-            raise RuntimeError(_CHANGED)
-        return features
-
-    def _replaced(self) -> bool:
-        model = self.model()
-        try:
-            return model is not None and model.get_submodule(self.path) is not self.classifier
-        except AttributeError:
-            return True
-
-    def listens(self, module: nn.Module) -> bool:
-        if self.classifier is None or self.working:
-            return False
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(_DATA_PARALLEL)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return False  # A backward replays the forward: activation checkpointing.
-        training = self.classifier.training
-        if training and torch.is_grad_enabled():
-            return True
-        self.missing = _WITHOUT_GRADIENTS if training else _EVALUATION
-        return False
-
-    def _before_dropout(self, module: _DropoutNd, args: tuple[Any, ...], kwargs: Any) -> None:
-        features = _first(args, kwargs)
-        # Of several in a row the first one counts.
-        if self.listens(module) and self.dropped is not features:
-            self.undropped = features.clone() if module.inplace else features
-
-    def _after_dropout(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.listens(module):
-            self.dropped = output
-
-    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-        if not self.listens(module):
-            return
-        # Whether a dropout near the classifier really precedes it shows here and only here.
-        features = _first(args, kwargs)
-        if self.dropped is features and self.undropped is not None:
-            features = self.undropped
-        # Of two forwards neither is kept: a graph that nobody asks for would stay alive.
-        self.forwards = min(self.forwards + 1, 2)
-        self.features = features if self.forwards == 1 else None
-        # A compiled graph has no in-place operations and no versions.
-        self.version = None if torch.compiler.is_compiling() else features._version
-        self.undropped = self.dropped = None
-
-    def _after_model(
+    def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not self.listens(module):
+        if not self.tap.listens(module):
             return output
-        labels = kwargs.get("labels", args[self.position] if len(args) > self.position else None)
-        if labels is None:
-            if self.forwards > 1:
-                raise RuntimeError(_NO_LABELS)
+        labels = kwargs.get("labels")
+        if labels is None and self.position is not None and len(args) > self.position:
+            labels = args[self.position]
+        if output is None or labels is None:  # None: the forward has failed.
+            self.tap.clear()
+            self._notice_missing_labels(output)
             return output
-        if isinstance(output, tuple):  # With return_dict=False the loss comes first.
-            return (output[0] + self.loss(labels), *output[1:])
-        if getattr(output, "loss", None) is None:
+        self.unlabelled = -1
+        if not isinstance(output, tuple) and getattr(output, "loss", None) is None:
+            self.tap.clear()
             raise RuntimeError(
                 f"{type(module).__name__} returned no loss for these labels to add to. "
                 "Attach without add_to_loss, and add reg(labels) to the loss yourself."
             )
-        output.loss = output.loss + self.loss(labels)
+        loss = self.tap.use(self.regularizer, labels)
+        if self.scale is not None:
+            loss = self.scale() * loss
+        if isinstance(output, tuple):  # With return_dict=False the loss comes first.
+            return (output[0] + loss, *output[1:])
+        output.loss = output.loss + loss
         return output
+
+    def _notice_missing_labels(self, output: Any) -> None:
+        """Warn once if no forward has had labels so far."""
+        if output is None or self.unlabelled < 0 or torch.compiler.is_compiling():
+            return
+        self.unlabelled += 1
+        if self.unlabelled == _UNLABELLED_FORWARDS:
+            warnings.warn(
+                f"{_UNLABELLED_FORWARDS} forwards in training mode got no labels, so add_to_loss "
+                "had nothing to add. Pass labels to the model, or attach without add_to_loss and "
+                "add reg(labels) to the loss yourself.",
+                stacklevel=2,
+            )
+
+
+class _FirstForward:
+    """A client of the tap that sees, in the first training forward, whether the pick is sound.
+
+    What leaves the classifier has to be what the model returns, up to a resize, where it returns
+    logits at all. Costs one comparison.
+    """
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+        self.answer: Tensor | None = None
+
+    def open(self, model: nn.Module) -> None:
+        classifier = cast(nn.Module, self.tap.classifier)
+        self.handles = [
+            classifier.register_forward_hook(Hook(self, self._after_classifier)),
+            model.register_forward_hook(Hook(self, self._after_model)),
+        ]
+        self.tap.handles += self.handles
+
+    def _after_classifier(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling() and self.tap.listens(module):
+            self.answer = output.detach() if isinstance(output, Tensor) else None
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        answer, self.answer = self.answer, None
+        if torch.compiler.is_compiling() or answer is None or not self.tap.listens(module):
+            return
+        if answer.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if self.tap.forwards != 1 or self.tap.replaced():
+            return  # The tap has better words for that.
+        for handle in self.handles:
+            handle.remove()
+        if reason := why_not_the_logits(answer, output):
+            warnings.warn(
+                f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "
+                f"for this loss: {reason}",
+                stacklevel=2,
+            )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -389,7 +333,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     while True:
         if isinstance(model, nn.DataParallel):
-            raise ValueError(_DATA_PARALLEL)
+            raise ValueError(DATA_PARALLEL)
         if type(model).__name__ == "FullyShardedDataParallel":
             raise ValueError(
                 "model must not be in FullyShardedDataParallel: its classifier has no weights "
@@ -408,35 +352,8 @@ def _options_of_config(model: nn.Module, path: str) -> dict[str, Any]:
     names = path.split(".")
     for depth in range(len(names)):
         config = getattr(model.get_submodule(".".join(names[:depth])), "config", None)
-        for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
-            if isinstance(getattr(config, name, None), int):
-                return {"ignore_index": getattr(config, name)}
+        for host in HOSTS:
+            for name in host.ignore_index:
+                if isinstance(getattr(config, name, None), int):
+                    return {"ignore_index": getattr(config, name)}
     return {}
-
-
-def _entrance(model: nn.Module, path: str) -> str:
-    """Return where the features come in: the classifier, or the layer that pads in front of it.
-
-    The padding, by nothing for a 1x1 convolution, would hide that a dropout comes before.
-    """
-    parent = path.rpartition(".")[0]
-    pads = type(model.get_submodule(parent)).__name__ == "MobileNetV2ConvLayer"
-    return parent if pads else path
-
-
-def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutNd]:
-    """Return the dropouts registered right before the classifier, and those beside its entrance.
-
-    Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
-    """
-    modules = list(model.modules())
-    earlier = modules[: modules.index(model.get_submodule(path))]
-    leaves = [module for module in reversed(earlier) if not [*module.children()]]
-    before = takewhile(lambda module: isinstance(module, _DropoutNd | nn.Identity), leaves)
-    beside = model.get_submodule(entrance.rpartition(".")[0]).children()
-    return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    first: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return first

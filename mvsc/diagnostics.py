@@ -1,40 +1,44 @@
-"""Numbers that tell whether the centroids do anything: cheap enough to log at each step.
+"""Numbers that show whether the centroids do anything: cheap enough to log at each step.
 
 Pure functions of features, labels and centroids. Nothing here has a gradient, changes its
 arguments, draws from a random generator that anyone else uses, or waits for the device: each
 answer is a tensor that stays where the inputs are until you read it. Cosines are computed in
 float32 at least, under autocast too. What was not measured, as the cosine between classes of a
 batch that has a single one, is NaN, never a number that looks like an answer.
+
+Throughout, ``features`` is R, the dense map that enters the classifier, shape
+``(batch, dim, *spatial)`` with one to three spatial axes; ``labels`` is Y, shape
+``(batch, *spatial')`` of any size and integer dtype (R15); ``centroids`` is V, shape
+``(groups, num_classes, dim)``; ``ignore_index`` is the label of pixels that do not count, by
+default 255, or -100 where 255 is a class. A tensor of a wrong dtype is a ``TypeError``, one of a
+wrong shape or device a ``ValueError``, and so is, on the CPU, a label out of range; elsewhere such
+pixels are ignored.
 """
 
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from mvsc import checks, equations
+from mvsc.kernel import segment_sum
+from mvsc.labels import check_label_values, check_labels, default_ignore_index
 from mvsc.sampling import draw_groups, labels_on_grid
-from mvsc.segment import divide, segment_sum
 
 
 @torch.no_grad()
 def group_similarity(centroids: Tensor) -> Tensor:
-    """Tell how alike the groups are: the mean cosine of centroids of one class.
+    """Return how alike the groups are: the mean cosine of centroids of one class.
 
     Over all pairs of different groups, averaged over the classes. The global target of Eq. (2)
     and the pull of Eq. (3) both drive it to 1 (R3), where the groups hold one prototype.
 
     Args:
-        centroids: V, shape ``(groups, num_classes, dim)``.
+        centroids: V.
 
     Returns:
         Scalar in [-1 / (groups - 1), 1], no unit; 1 for a single group.
-
-    Raises:
-        TypeError: if the centroids are not a floating tensor.
-        ValueError: if they do not have three axes.
 
     Example:
         >>> centroids = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]], [[0.0, 2.0]]])
@@ -56,16 +60,12 @@ def centroid_similarity(centroids: Tensor) -> Tensor:
     """Compare each centroid with each other one, ordered by class.
 
     Args:
-        centroids: V, shape ``(groups, num_classes, dim)``.
+        centroids: V.
 
     Returns:
         Cosines in [-1, 1], shape ``(num_classes * groups, num_classes * groups)``; row
         ``class * groups + group``, so the groups of a class are a block on the diagonal. A
         zero centroid has cosine 0 to everything, itself included.
-
-    Raises:
-        TypeError: if the centroids are not a floating tensor.
-        ValueError: if they do not have three axes.
 
     Example:
         >>> centroids = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 3.0]]])
@@ -85,14 +85,10 @@ def centroid_norms(centroids: Tensor) -> Tensor:
     them; a length near 0, that weight decay is on (R17).
 
     Args:
-        centroids: V, shape ``(groups, num_classes, dim)``.
+        centroids: V.
 
     Returns:
         Shape ``(groups, num_classes)``, in the unit of the features, at least 0.
-
-    Raises:
-        TypeError: if the centroids are not a floating tensor.
-        ValueError: if they do not have three axes.
 
     Example:
         >>> centroid_norms(torch.tensor([[[3.0, 4.0], [0.0, 0.0]]])).tolist()
@@ -104,7 +100,12 @@ def centroid_norms(centroids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cell_means(
-    features: Tensor, labels: Tensor, num_classes: int, groups: int = 1, *, ignore_index: int = 255
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    groups: int = 1,
+    *,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Average the features of each cell, for :func:`alignment_accuracy` and its kin.
 
@@ -112,8 +113,8 @@ def cell_means(
     steps compare. With one group, a cell is a class.
 
     Args:
-        features: R, the dense map that enters the classifier, shape ``(batch, dim, h, w)``.
-        labels: Y, shape ``(batch, H, W)``, any integer dtype and size (R15).
+        features: R.
+        labels: Y.
         num_classes: C.
         groups: G, into how many cells the pixels of a class are split.
         ignore_index: label of pixels that do not count.
@@ -122,23 +123,14 @@ def cell_means(
         ``(means, present)``: shape ``(groups, num_classes, dim)``, float32 or float64, 0 in a
         cell without pixels, and the mask of cells with pixels, ``(groups, num_classes)``, bool.
 
-    Raises:
-        TypeError: if features are not floating or labels not integers.
-        ValueError: if shapes or devices do not fit or, on the CPU, if a label is out of range;
-            elsewhere such pixels are ignored.
-
     Example:
         >>> features = torch.tensor([1.0, 3.0, 5.0, 100.0]).reshape(1, 1, 2, 2)
         >>> means, present = cell_means(features, torch.tensor([[[0, 0], [2, 255]]]), 3)
         >>> means.flatten().tolist(), present.tolist()
         ([2.0, 0.0, 5.0], [[True, False, True]])
     """
-    checks.check_positive_int("num_classes", num_classes)
     checks.check_positive_int("groups", groups)
-    checks.check_int("ignore_index", ignore_index)
-    checks.check_map_and_labels(features, labels, num_classes, ignore_index)
-    size = (features.shape[2], features.shape[3])
-    grid = labels_on_grid(labels, size, num_classes, ignore_index)
+    grid = _grid(features, labels, num_classes, ignore_index)
     cells = draw_groups(grid, groups, num_classes, grid.new_zeros(()))
     sums, counts = segment_sum(features, cells, groups * num_classes)
     return equations.class_group_means(sums, counts, groups)
@@ -152,25 +144,21 @@ def alignment_accuracy(
     *,
     align_to: Literal["global", "group"] = "global",
 ) -> Tensor:
-    """Tell how many cells are nearer to the centroid of their class than to any other.
+    """Return the share of cells that are nearer to the centroid of their class than to any other.
 
-    What Eq. (2) trains for, as a share: of the cells that are present (R5), against the classes
-    that are present (R2).
+    What Eq. (2) trains for: of the cells that are present (R5), against the classes that are
+    present (R2).
 
     Args:
         means: R, shape ``(groups, num_classes, dim)``, as :func:`cell_means` returns them. With
             ``align_to="global"`` they may have a single group whatever the centroids have.
-        centroids: V, shape ``(groups, num_classes, dim)``.
+        centroids: V.
         present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
         align_to: the target, as in :class:`mvsc.MVSCRegularizer` (R3).
 
     Returns:
         Scalar in [0, 1], no unit; a tie is a miss. 1 if a single class is present, NaN if none
         is. Chance is one over the number of classes present.
-
-    Raises:
-        TypeError: if means or centroids are not floating, or ``present`` is not bool.
-        ValueError: if the shapes do not fit, or ``align_to`` is neither of the two.
 
     Example:
         >>> means = torch.tensor([[[1.0, 0.1], [0.2, 1.0], [0.9, 1.0]]])
@@ -196,22 +184,12 @@ def alignment_cosines(
 ) -> tuple[Tensor, Tensor]:
     """Average the cosines of Eq. (2): to the own class, and to the others in the batch.
 
-    The loss alone does not tell a map whose classes point apart from one whose features are
-    merely long or short; these do.
-
-    Args:
-        means: as in :func:`alignment_accuracy`.
-        centroids: as in :func:`alignment_accuracy`.
-        present: as in :func:`alignment_accuracy`.
-        align_to: as in :func:`alignment_accuracy`.
+    The loss alone does not show a map whose classes point apart from one whose features are
+    merely long or short; these do. Arguments as in :func:`alignment_accuracy`.
 
     Returns:
         ``(positive, negative)``, scalars in [-1, 1], no unit: over the cells that are present,
         and over their pairs with each other class that is present. NaN where there is none.
-
-    Raises:
-        TypeError: as in :func:`alignment_accuracy`.
-        ValueError: as in :func:`alignment_accuracy`.
 
     Example:
         >>> means, present = torch.eye(2).unsqueeze(0), torch.tensor([[True, True]])
@@ -226,7 +204,7 @@ def alignment_cosines(
 
 @torch.no_grad()
 def unit_means(
-    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255
+    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Average the features of each class, each scaled to length 1.
 
@@ -234,18 +212,14 @@ def unit_means(
     up ``means * counts[:, None]`` and ``counts``, and divide at the end.
 
     Args:
-        features: dense feature map, shape ``(batch, dim, h, w)``.
-        labels: shape ``(batch, H, W)``, any integer dtype and size (R15).
+        features: R.
+        labels: Y.
         num_classes: C.
         ignore_index: label of pixels that do not count.
 
     Returns:
         ``(means, counts)``: shape ``(num_classes, dim)``, of length at most 1, 0 for an absent
         class; and the number of pixels of each class, shape ``(num_classes,)``, int64.
-
-    Raises:
-        TypeError: as in :func:`cell_means`.
-        ValueError: as in :func:`cell_means`.
 
     Example:
         >>> features = torch.tensor([[3.0, 0.0], [4.0, 2.0]]).reshape(1, 2, 1, 2)
@@ -254,18 +228,15 @@ def unit_means(
         (tensor([[0.6000, 0.8000],
                 [0.0000, 1.0000]]), [1, 1])
     """
-    checks.check_positive_int("num_classes", num_classes)
-    checks.check_int("ignore_index", ignore_index)
-    checks.check_map_and_labels(features, labels, num_classes, ignore_index)
-    size = (features.shape[2], features.shape[3])
-    grid = labels_on_grid(labels, size, num_classes, ignore_index)
-    sums, counts = segment_sum(F.normalize(_wide(features), dim=1), grid, num_classes)
-    return divide(sums, counts), counts
+    grid = _grid(features, labels, num_classes, ignore_index)
+    unit = _unit(features.movedim(1, -1)).movedim(-1, 1)
+    sums, counts = segment_sum(unit, grid, num_classes)
+    return equations.divide(sums, counts), counts
 
 
 @torch.no_grad()
 def compactness(means: Tensor, counts: Tensor) -> Tensor:
-    """Tell how closely the features of a class keep to one direction.
+    """Return how closely the features of a class keep to one direction.
 
     The mean cosine of its pixels to the mean of their directions, which is the length of that
     mean; averaged over the classes that have pixels, each counting the same.
@@ -277,50 +248,38 @@ def compactness(means: Tensor, counts: Tensor) -> Tensor:
     Returns:
         Scalar in [0, 1], no unit; 1 if each class has a single direction, NaN without pixels.
 
-    Raises:
-        TypeError: if the means are not a floating tensor.
-        ValueError: if the shapes do not fit.
-
     Example:
         >>> means = torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]])
         >>> round(compactness(means, torch.tensor([7, 2, 0])).item(), 4)  # of 1 and 0.5
         0.75
     """
-    checks.check_unit_means(means, counts)
+    _check_unit_means(means, counts)
     return _mean_where(_wide(means).square().sum(dim=-1).sqrt(), counts > 0)
 
 
 @torch.no_grad()
 def separation(means: Tensor, counts: Tensor) -> Tensor:
-    """Tell how far the classes lie apart: the mean of 1 - cosine between their mean directions.
+    """Return how far the classes lie apart: the mean of 1 - cosine between their directions.
 
-    Over all pairs of different classes that have pixels.
-
-    Args:
-        means: mean unit features, shape ``(num_classes, dim)``, from :func:`unit_means`.
-        counts: pixels of each class, shape ``(num_classes,)``; a class with 0 is left out.
+    Over all pairs of different classes that have pixels. Arguments as in :func:`compactness`.
 
     Returns:
         Scalar in [0, 2], no unit; 0 if all classes share a direction, 1 if they are orthogonal,
         NaN if fewer than two classes have pixels.
-
-    Raises:
-        TypeError: if the means are not a floating tensor.
-        ValueError: if the shapes do not fit.
 
     Example:
         >>> means = torch.tensor([[0.6, 0.0], [0.0, 0.9], [-0.5, 0.0]])
         >>> round(separation(means, torch.tensor([7, 2, 4])).item(), 4)  # of 1, 2 and 1
         1.3333
     """
-    checks.check_unit_means(means, counts)
+    _check_unit_means(means, counts)
     present = counts > 0
     pairs = present.unsqueeze(-1) & present & _different(present)
     return _mean_where(1 - _cosines(means, means), pairs)
 
 
 @torch.no_grad()
-def class_ages(ages: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
+def class_ages(ages: Tensor, labels: Tensor, *, ignore_index: int | None = None) -> Tensor:
     """Count the steps since each class was last seen.
 
     Call it once a step and keep what it returns: the regularizer itself has no such state. A
@@ -328,17 +287,12 @@ def class_ages(ages: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tens
 
     Args:
         ages: of the step before, shape ``(num_classes,)``, int64; zeros to begin with.
-        labels: Y of this step, shape ``(batch, H, W)``, any integer dtype. Other labels than
-            ``0 .. num_classes - 1`` are ignored.
+        labels: Y of this step. Other labels than ``0 .. num_classes - 1`` are ignored.
         ignore_index: label of pixels that do not count.
 
     Returns:
         The new ages, same shape; 0 for a class that the labels hold, else one more than before.
         (A class of few pixels may be in the labels and yet miss a coarser feature grid.)
-
-    Raises:
-        TypeError: if ages or labels are not integers.
-        ValueError: if their shapes or devices do not fit.
 
     Example:
         >>> ages = torch.zeros(3, dtype=torch.int64)
@@ -347,10 +301,10 @@ def class_ages(ages: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tens
         >>> ages.tolist()
         [2, 0, 3]
     """
-    checks.check_ages(ages, labels)
-    checks.check_int("ignore_index", ignore_index)
+    _check_ages(ages, labels)
     num_classes = len(ages)
-    grid = labels_on_grid(labels, (labels.shape[1], labels.shape[2]), num_classes, ignore_index)
+    ignored = _ignored(ignore_index, num_classes)
+    grid = labels_on_grid(labels, labels.shape[1:], num_classes, ignored)
     # Everything that does not count lands in a spare entry, as in the kernel.
     older = torch.cat([ages + 1, ages.new_zeros(1)])
     return older.scatter(0, grid.flatten(), 0)[:num_classes]
@@ -363,38 +317,46 @@ def centroid_heatmap(
     """Compare each pixel with one centroid: the heat maps of the paper's Figs. 4 and 5.
 
     Args:
-        features: R, the dense map that enters the classifier, shape ``(batch, dim, h, w)``.
-        centroids: V, shape ``(groups, num_classes, dim)``.
+        features: R.
+        centroids: V.
         class_index: whose centroid, in ``0 .. num_classes - 1``.
         group: which of its centroids, in ``0 .. groups - 1``; ``None`` for the global one, the
             mean over the groups.
 
     Returns:
-        Cosines in [-1, 1], shape ``(batch, h, w)``, float32 or float64; 0 for a zero vector.
-
-    Raises:
-        TypeError: if features or centroids are not floating, or an index is not an int.
-        ValueError: if shapes or devices do not fit, or an index is out of range.
+        Cosines in [-1, 1], shape ``(batch, *spatial)``, float32 or float64; 0 for a zero vector.
 
     Example:
         >>> features = torch.tensor([[3.0, -1.0], [4.0, 0.0]]).reshape(1, 2, 1, 2)
         >>> centroids = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]])
-        >>> centroid_heatmap(features, centroids, class_index=1, group=0)
+        >>> centroid_heatmap(features, centroids, class_index=1, group=0).round(decimals=3)
         tensor([[[ 0.6000, -1.0000]]])
     """
-    checks.check_heatmap(features, centroids, class_index, group)
-    chosen = (
-        centroids[:, class_index].mean(dim=0) if group is None else centroids[group, class_index]
-    )
-    cosines = F.cosine_similarity(_wide(features), _wide(chosen)[:, None, None], dim=1)
-    return cosines.clamp(-1, 1)  # Rounding steps a little over.
+    _check_heatmap(features, centroids, class_index, group)
+    own = centroids[:, class_index]
+    chosen = own.mean(dim=0) if group is None else own[group]
+    return _cosines(features.movedim(1, -1), chosen.unsqueeze(0)).squeeze(-1)
 
 
 def _alignment_cosines(means: Tensor, centroids: Tensor, present: Tensor, align_to: str) -> Tensor:
-    checks.check_alignment(means, centroids, present, align_to)
-    if align_to == "global":
-        return _cosines(means, equations.global_centroids(centroids))
-    return _cosines(means, centroids)
+    _check_alignment(means, centroids, present, align_to)
+    return _cosines(means, equations.alignment_targets(centroids, align_to))
+
+
+def _grid(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+    """Bring labels to the grid of a map that they fit; values are read on the CPU only."""
+    checks.check_positive_int("num_classes", num_classes)
+    ignored = _ignored(ignore_index, num_classes)
+    check_labels(labels, checks.check_feature_map(features))
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_label_values(labels, num_classes, ignored)
+    return labels_on_grid(labels, features.shape[2:], num_classes, ignored)
+
+
+def _ignored(ignore_index: int | None, num_classes: int) -> int:
+    if ignore_index is None:
+        return default_ignore_index(num_classes)
+    return checks.check_int("ignore_index", ignore_index)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -403,7 +365,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return F.normalize(_wide(vectors), dim=-1)
+    return equations.unit(_wide(vectors))
 
 
 def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
@@ -428,3 +390,100 @@ def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
     """Average the values under the mask; NaN if there are none."""
     total = torch.where(mask, _wide(values), 0).sum()
     return total / mask.sum()
+
+
+def _check_alignment(means: object, centroids: object, present: object, align_to: object) -> None:
+    """Raise unless means, centroids and mask of the cells fit each other."""
+    means = checks.check_centroids("means", means)
+    centroids = checks.check_centroids("centroids", centroids)
+    checks.check_choice("align_to", align_to, ("global", "group"))
+    if means.shape[1:] != centroids.shape[1:]:
+        raise ValueError(
+            "means must have the num_classes and dim of the centroids, "
+            f"{tuple(centroids.shape[1:])}, got {tuple(means.shape[1:])}. "
+            "Take them from the map that enters the classifier."
+        )
+    if align_to == "group" and len(means) != len(centroids):
+        raise ValueError(
+            f"means must have the groups of the centroids, {len(centroids)}, with "
+            f"align_to='group', got {len(means)}. Use cell_means(..., groups={len(centroids)})."
+        )
+    if not isinstance(present, Tensor) or present.dtype != torch.bool:
+        raise TypeError(
+            f"present must be a bool tensor, got {checks.kind(present)}. Use counts > 0."
+        )
+    if present.shape != means.shape[:2]:
+        raise ValueError(
+            f"present must have shape (groups, num_classes), {tuple(means.shape[:2])}, "
+            f"got {tuple(present.shape)}. Pass the mask that cell_means returns with the means."
+        )
+
+
+def _check_unit_means(means: object, counts: object) -> None:
+    """Raise unless ``means`` is (num_classes, dim) and ``counts`` fits it."""
+    if not isinstance(means, Tensor) or not means.is_floating_point():
+        raise TypeError(
+            f"means must be a floating-point tensor, got {checks.kind(means)}. Use unit_means."
+        )
+    if means.ndim != 2 or 0 in means.shape:
+        raise ValueError(
+            "means must have shape (num_classes, dim) with at least one of each, "
+            f"got {tuple(means.shape)}. Use unit_means."
+        )
+    if not isinstance(counts, Tensor) or counts.shape != means.shape[:1]:
+        came = (
+            f"shape {tuple(counts.shape)}"
+            if isinstance(counts, Tensor)
+            else checks.describe(counts)
+        )
+        raise ValueError(
+            f"counts must have one entry for each of the {len(means)} classes, got {came}. "
+            "Pass what unit_means returns with the means."
+        )
+
+
+def _check_ages(ages: object, labels: object) -> None:
+    """Raise unless ``ages`` is a (num_classes,) int64 tensor and ``labels`` a map of classes."""
+    if not isinstance(ages, Tensor) or ages.dtype != torch.int64:
+        raise TypeError(
+            f"ages must be an int64 tensor, got {checks.kind(ages)}. "
+            "Start with torch.zeros(num_classes, dtype=torch.int64)."
+        )
+    if ages.ndim != 1 or len(ages) == 0:
+        raise ValueError(
+            f"ages must have shape (num_classes,), got {tuple(ages.shape)}. "
+            "Keep one age for each class."
+        )
+    labels = check_labels(labels)
+    if labels.device != ages.device:
+        raise ValueError(
+            f"labels must be on the device of the ages, {ages.device}, got {labels.device}. "
+            f"Use labels.to({str(ages.device)!r})."
+        )
+
+
+def _check_heatmap(features: object, centroids: object, class_index: object, group: object) -> None:
+    """Raise unless the class and group exist and the map has the width of the centroids."""
+    centroids, features = (
+        checks.check_centroids("centroids", centroids),
+        checks.check_feature_map(features),
+    )
+    groups, num_classes, dim = centroids.shape
+    if features.shape[1] != dim:
+        raise ValueError(
+            f"features must have shape (batch, dim, *spatial) with dim={dim}, the width of "
+            f"the centroids, got {tuple(features.shape)}. Pass the map that enters the classifier."
+        )
+    if features.device != centroids.device:
+        raise ValueError(
+            f"features must be on the device of the centroids, {centroids.device}, "
+            f"got {features.device}. Use features.to({str(centroids.device)!r})."
+        )
+    _check_index("class_index", class_index, num_classes)
+    if group is not None:
+        _check_index("group", group, groups)
+
+
+def _check_index(name: str, value: object, count: int) -> None:
+    if not 0 <= checks.check_int(name, value) < count:
+        raise ValueError(f"{name} must be in 0 .. {count - 1}, got {value}.")

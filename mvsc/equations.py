@@ -5,15 +5,12 @@ dimension; ``present`` says which cells, i.e. (group, class) pairs, have a pixel
 Nothing here is random, on a certain device, or a module's state.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor
-
-from mvsc.segment import divide
 
 EPS = 1e-6
 """Length below which a vector counts as zero when it is normalised."""
@@ -40,7 +37,7 @@ def class_group_means(sums: Tensor, counts: Tensor, groups: int) -> tuple[Tensor
 
     Args:
         sums: sum of the features of each cell, shape ``(groups * num_classes, dim)``, group by
-            group, as ``mvsc.segment.segment_sum`` returns it.
+            group, as ``mvsc.kernel.segment_sum`` returns it.
         counts: number of pixels of each cell, shape ``(groups * num_classes,)``, integer.
         groups: G, the number of groups.
 
@@ -56,6 +53,20 @@ def class_group_means(sums: Tensor, counts: Tensor, groups: int) -> tuple[Tensor
     """
     means = rearrange(divide(sums, counts), "(g c) d -> g c d", g=groups)
     return means, rearrange(counts > 0, "(g c) -> g c", g=groups)
+
+
+def divide(sums: Tensor, counts: Tensor) -> Tensor:
+    """Turn the sums of some cells into their means; an empty cell stays 0.
+
+    Args:
+        sums: shape ``(num_cells, dim)``.
+        counts: shape ``(num_cells,)``, integer.
+
+    Returns:
+        Shape ``(num_cells, dim)``.
+    """
+    # Clamped, because where(counts > 0, sums / counts, 0) has a NaN gradient.
+    return sums / counts.clamp_min(1).unsqueeze(-1)
 
 
 def global_centroids(centroids: Tensor) -> Tensor:
@@ -74,6 +85,35 @@ def global_centroids(centroids: Tensor) -> Tensor:
     return reduce(centroids, "g c d -> c d", "mean")
 
 
+def alignment_targets(centroids: Tensor, align_to: str) -> Tensor:
+    """Pick what the means are aligned to (R3).
+
+    Args:
+        centroids: V, shape ``(groups, num_classes, dim)``.
+        align_to: ``"global"`` or ``"group"``.
+
+    Returns:
+        The global centroids v', shape ``(num_classes, dim)``, or V itself, so that each mean is
+        aligned to the centroid of its own group.
+    """
+    return centroids if align_to == "group" else global_centroids(centroids)
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Scale vectors to length 1, as x / sqrt(|x|^2 + EPS^2).
+
+    Args:
+        vectors: shape ``(..., dim)``.
+
+    Returns:
+        Same shape; a zero vector stays 0 and has a finite gradient.
+    """
+    # F.normalize has gradients of 1e12 at zero, and NaN in float16.
+    dim = vectors.shape[-1]
+    scaled: Tensor = F.rms_norm(vectors, (dim,), eps=EPS**2 / dim) / dim**0.5
+    return scaled
+
+
 def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature: float) -> Tensor:
     """Pull each mean to the centroid of its class and push it from those of other classes.
 
@@ -83,9 +123,7 @@ def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature:
 
     Args:
         means: R, shape ``(groups, num_classes, dim)``.
-        targets: what the means are aligned to: the global centroids v', shape
-            ``(num_classes, dim)``, or V itself, shape ``(groups, num_classes, dim)``, to align
-            each mean to the centroid of its own group (R3).
+        targets: of :func:`alignment_targets`.
         present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
         temperature: tau, at least 1e-30.
 
@@ -97,7 +135,7 @@ def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature:
         >>> round(alignment_loss(means, torch.eye(2), present, temperature=1.0).item(), 4)
         0.3133
     """
-    cosines = _unit(means) @ _unit(targets).mT
+    cosines = unit(means) @ unit(targets).mT
     in_batch = present.any(dim=0)
     # A finite mask value: -inf would turn a row without any class into NaN.
     logits = (cosines / temperature).masked_fill(~in_batch, torch.finfo(cosines.dtype).min)
@@ -129,7 +167,7 @@ def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
         return centroids[:0].sum()
     shuffled = centroids.index_select(0, order)
     half_a, half_b = shuffled[: groups // 2].mean(dim=0), shuffled[groups // 2 :].mean(dim=0)
-    return 1 - einsum(_unit(half_a), _unit(half_b), "c d, c d -> c").mean()
+    return 1 - einsum(unit(half_a), unit(half_b), "c d, c d -> c").mean()
 
 
 def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:
@@ -157,30 +195,26 @@ def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:
     return centroids + (means - means.detach())
 
 
-def centroid_classification_loss(
-    enhanced: Tensor, present: Tensor, classify: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Supervise each enhanced centroid with its class through the model's own classifier.
+def centroid_classification_loss(logits: Tensor, present: Tensor) -> Tensor:
+    """Supervise each enhanced centroid with its class.
 
     L_v, section 3.3. The average runs over the cells that are present (R5, R10). The gradient
-    goes to the classifier (R13), to the centroids and, through Eq. (4), to the features.
+    goes to the classifier that gave the logits (R13), to the centroids and, through Eq. (4), to
+    the features.
 
     Args:
-        enhanced: V', shape ``(groups, num_classes, dim)``.
+        logits: the model's own classifier's answers to V', shape
+            ``(groups, num_classes, num_classes)``: for each cell a logit for each class.
         present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
-        classify: maps vectors of shape ``(groups * num_classes, dim)`` to logits of shape
-            ``(groups * num_classes, num_classes)``.
 
     Returns:
         Scalar, in nats, at least 0; 0 with zero gradients when nothing is present.
 
     Example:
-        >>> enhanced, present = torch.eye(2).unsqueeze(0), torch.tensor([[True, True]])
-        >>> round(centroid_classification_loss(enhanced, present, lambda v: v).item(), 4)
+        >>> logits, present = torch.eye(2).unsqueeze(0), torch.tensor([[True, True]])
+        >>> round(centroid_classification_loss(logits, present).item(), 4)
         0.3133
     """
-    logits = classify(rearrange(enhanced, "g c d -> (g c) d"))
-    logits = rearrange(logits, "(g c) k -> g c k", g=present.shape[0])
     return _cross_entropy_over_present(logits, present)
 
 
@@ -204,14 +238,6 @@ def weighted_sum(terms: MVSCTerms, weights: tuple[float, float, float]) -> Tenso
         if weight > 0:
             total = total + weight * term
     return total
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Scale vectors to length 1; a zero vector stays 0 and has a finite gradient."""
-    # F.normalize has gradients of 1e12 at zero, and NaN in float16.
-    dim = vectors.shape[-1]
-    unit: Tensor = F.rms_norm(vectors, (dim,), eps=EPS**2 / dim) / dim**0.5
-    return unit
 
 
 def _cross_entropy_over_present(logits: Tensor, present: Tensor) -> Tensor:

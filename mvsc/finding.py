@@ -9,49 +9,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from mvsc.checks import ONE_LOGIT
-
-Linear = nn.Conv2d | nn.Linear
+from mvsc.checks import describe_sizes, on_grid
+from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
+from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal
 
 logger = logging.getLogger("mvsc")
 
-_SEGMENTERS = {
-    "mmseg": ("BaseSegmentor",),
-    "segmentation_models_pytorch": ("SegmentationModel",),
-    "torchvision": ("_SimpleSegmentationModel", "LRASPP"),
-    "transformers": ("Segmentation",),
-}
-"""How the names of each library's segmenters, or of their base classes, end."""
-
-_LAYOUTS = {
-    "mmseg": ("decode_head.conv_seg", "decode_head.-1.conv_seg"),
-    "segmentation_models_pytorch": ("segmentation_head.0", "segmentation_head.head.4"),
-    "torchvision": ("classifier.-1",),
-    "transformers": (
-        "decode_head.classifier",
-        "segmentation_head.classifier.convolution",
-        "head.head.4",
-        "decode_head.predictor",
-        "decoder.head",
-    ),
-}
-"""Where these segmenters keep their classifier; ``-1`` is the last of a list."""
-
-_QUERY_CLASSIFIERS = {"class_predictor", "class_embed", "cls_embed", "class_labels_classifier"}
-
-_QUERY_RECIPE = (
-    "This model classifies queries. Give its pixel embedding an auxiliary 1x1 classifier, "
-    "nn.Conv2d(dim, num_classes, 1), with a cross-entropy of its own, and pass the embedding and "
-    "that classifier to MVSCRegularizer, as in examples/integrations/query_models.py."
-)
-_LRASPP_RECIPE = (
-    "LRASPP adds two classifiers up. They are one 1x1 convolution on the concatenated features, "
-    "which MVSCRegularizer takes, as in examples/integrations/torchvision_lraspp.py."
-)
-
 _SAME = 1e-3
 """Relative distance up to which a layer's resized output is taken for the logits."""
+
+_ALIKE = 0.3
+"""The same for a forward in training, whose resize may be of another kind."""
 
 _SINGLE = "gives one logit, which stands for two classes"
 
@@ -72,11 +42,11 @@ def find_classifier(
 
     Args:
         model: the segmenter, unwrapped.
-        classifier: a Conv2d or a Linear, or a module that holds just one; or its path.
+        classifier: a convolution or a Linear, or a module that holds just one; or its path.
         example: a batch, as in :func:`mvsc.attach`, that proves or finds the pick.
 
     Returns:
-        Path of a Conv2d or a Linear.
+        Path of a convolution or a Linear.
 
     Raises:
         ClassifierNotFoundError: if no classifier is certain.
@@ -92,12 +62,18 @@ def find_classifier(
     if path is not None:
         return path
     candidates = _candidates(model)
-    if hosts:
-        why = f"not where {hosts[0][1]} keeps a pixel classifier"
-        if len(hosts) > 1:
-            why = f"in one of {len(hosts)} segmenters"
-        raise _not_found(model, dict.fromkeys(candidates, why))
-    fit = [path for path, reason in candidates.items() if not reason]
+    why, refused = "", refusal(model)
+    if len(hosts) > 1:
+        why = f"in one of {len(hosts)} segmenters"
+    elif hosts:
+        why = f"not where {hosts[0][1].library} keeps a pixel classifier"
+    elif refused is not None and refused.types:
+        why = "not the last layer"
+    elif is_no_segmenter(model):
+        why = f"a part of {type(model).__name__}, which is no segmenter that classifies pixels"
+    if why:
+        raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
+    fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
     if len(fit) != 1:
         why = f"one of {len(fit)} that could be it"
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
@@ -130,42 +106,45 @@ def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
 
 def _linear_inside(model: nn.Module, path: str) -> str:
     """Return the path of the only layer with parameters at or below ``path``, if linear."""
-    module = model.get_submodule(path)
-    if isinstance(module, Linear):
-        return path
+    module = model.get_submodule(path.removesuffix(".base_layer"))
+    if is_pixel_linear(module):
+        return path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+    if any(isinstance(layer, _ConvTransposeNd) for layer in module.modules()):
+        raise ValueError(
+            f"classifier must answer for each pixel alone, got {type(module).__name__} {path!r}. "
+            f"{TRANSPOSED}"
+        )
     layers = [
         (f"{path}.{name}".strip("."), layer)
         for name, layer in module.named_modules()
         if next(layer.parameters(recurse=False), None) is not None
     ]
-    if len(layers) == 1 and isinstance(layers[0][1], Linear):
+    if len(layers) == 1 and is_pixel_linear(layers[0][1]):
         return layers[0][0]
     found = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in layers[-_LISTED:])
     raise ValueError(
-        "classifier must be a Conv2d or a Linear, or hold just one, got "
+        "classifier must be a convolution or a Linear, or hold just one, got "
         f"{type(module).__name__} {path!r} with {found or 'no parameters'}. "
         "Name the last linear layer alone, or pass the features to MVSCRegularizer."
     )
 
 
-def _hosts(model: nn.Module) -> list[tuple[str, str]]:
+def _hosts(model: nn.Module) -> list[tuple[str, Host]]:
     """Return path and library of each outermost segmenter of a known library in ``model``."""
-    hosts: list[tuple[str, str]] = []
+    hosts: list[tuple[str, Host]] = []
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") or not outer for outer, _ in hosts):
             continue
-        for base in type(module).__mro__:
-            library = base.__module__.partition(".")[0]
-            if base.__name__.endswith(_SEGMENTERS.get(library, ())):
-                hosts.append((path, library))
-                break
+        if (host := host_of(module)) is not None:
+            hosts.append((path, host))
     return hosts
 
 
-def _path_in_host(model: nn.Module, path: str, library: str) -> str | None:
-    for layout in _LAYOUTS[library]:
+def _path_in_host(model: nn.Module, path: str, host: Host) -> str | None:
+    for layout in host.classifiers:
         module, names = model.get_submodule(path), [path] if path else []
         for name in layout.split("."):
+            module, names = _through_adapter(module, names)
             children = dict(module.named_children())
             listed = isinstance(module, nn.Sequential | nn.ModuleList)
             if name == "-1" and listed and children:
@@ -178,9 +157,19 @@ def _path_in_host(model: nn.Module, path: str, library: str) -> str | None:
                 break
             module, names = children[name], [*names, name]
         else:
-            if isinstance(module, Linear):
+            module, names = _through_adapter(module, names)
+            if is_pixel_linear(module):
                 return ".".join(names)
     return None
+
+
+def _through_adapter(module: nn.Module, names: list[str]) -> tuple[nn.Module, list[str]]:
+    """Step into the copy that PEFT trains in place of a module it was told to save."""
+    copies = getattr(module, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict) or len(copies) != 1:
+        return module, names
+    (name,) = copies.keys()
+    return copies[name], [*names, "modules_to_save", name]
 
 
 def _candidates(model: nn.Module) -> dict[str, str]:
@@ -194,7 +183,8 @@ def _candidates(model: nn.Module) -> dict[str, str]:
     layers = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, Linear) or not [*module.children()]
+        if (is_pixel_linear(module) or not [*module.children()])
+        and not path.endswith(".base_layer")
     }
     read = [(path, _width_read(layer)) for path, layer in layers.items() if _width_read(layer)]
     candidates, single = {}, {}
@@ -206,10 +196,11 @@ def _candidates(model: nn.Module) -> dict[str, str]:
             single[path] = _SINGLE
             continue
         candidates[path] = ""
-        if not isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Linear):
             candidates[path] = "a Linear, which may answer for something else than a pixel"
-        if "aux" in path.lower():
-            candidates[path] = "auxiliary, by its name"
+        for part, meaning in ASIDE.items():
+            if part in path.lower():
+                candidates[path] = meaning
     return candidates or single
 
 
@@ -224,17 +215,32 @@ def _width_read(layer: nn.Module) -> int:
 
 def _width_given(layer: nn.Module) -> int:
     """Return how many channels a linear layer gives, 0 for any other."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels if layer.groups == 1 else 0
-    return layer.out_features if isinstance(layer, nn.Linear) else 0
+    if not is_pixel_linear(layer) or getattr(layer, "groups", 1) != 1:
+        return 0
+    return widths(layer)[1]
 
 
 def _prove(model: nn.Module, path: str | None, example: Any) -> str:
-    """Return ``path``, or else the only one, whose output in one forward is the logits."""
-    outputs, logits = _run(model, example)
-    wide = [name for name, m in model.named_modules() if _width_given(m) == logits.shape[1]]
+    """Return ``path``, or else the only one, whose output in one forward is the logits.
+
+    Of several parts that a model returns the first counts. But those of a list are all alike:
+    where others are as large as the first, only a path that is known can be proved.
+    """
+    outputs, parts, alike = _run(model, example)
+    logits = parts[0]
+    classes = {logits.shape[1], logits.shape[-1]}
+    wide = [name for name, layer in _linear_layers(model) if _width_given(layer) in classes]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
     reasons = {name: _difference(outputs.get(name, []), logits) for name in names}
+    rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
+    if path is not None and reasons[path]:
+        if any(not _difference(outputs.get(path, []), part) for part in rivals):
+            return path
+    elif path is None and rivals:
+        reasons = {
+            name: reason or f"its output is one of {1 + len(rivals)} maps of the logits' size"
+            for name, reason in reasons.items()
+        }
     proven = [name for name, reason in reasons.items() if not reason]
     if path in proven or (path is None and len(proven) == 1):
         return proven[0] if path is None else path
@@ -243,18 +249,24 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     raise _not_found(model, listed, refuted=[name for name in reasons if reasons[name]])
 
 
-def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], Tensor]:
-    """Run one forward that leaves no trace; return each linear layer's outputs and the logits."""
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if _width_given(module) and not path.endswith(".base_layer"):
+            yield path, module
+
+
+def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], list[Tensor], bool]:
+    """Run one forward that leaves no trace.
+
+    Returns:
+        Each linear layer's outputs, what may be logits, and whether these are parts of a list.
+    """
     outputs: dict[str, list[Tensor]] = {}
 
     def note(path: str) -> Callable[..., None]:
         return lambda module, args, output: outputs.setdefault(path, []).append(output)
 
-    handles = [
-        module.register_forward_hook(note(path))
-        for path, module in model.named_modules()
-        if _width_given(module)
-    ]
+    handles = [layer.register_forward_hook(note(path)) for path, layer in _linear_layers(model)]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(list(devices)), torch.no_grad(), _evaluating(model):
@@ -265,19 +277,20 @@ def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], Tenso
     finally:
         for handle in handles:
             handle.remove()
+    named = getattr(output, "logits", None)
     if isinstance(output, Mapping):
-        output = output["out"] if "out" in output else output.get("logits")
-    elif isinstance(output, tuple | list):
-        output = output[0]
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor) or output.ndim != 4:
-        came = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        named = output.get("out", output.get("logits"))
+    parts = list(_tensors(output if named is None else named))
+    parts = [part for part in parts if 3 <= part.ndim <= 5]
+    if not parts:
+        first = output[0] if isinstance(output, tuple | list) else output
+        came = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise ValueError(
-            "example must lead to logits of shape (batch, num_classes, height, width), as the "
-            f"model's output, its 'out', 'logits' or first part, got {came}. "
-            "Name the classifier and leave example away."
+            "example must lead to logits of shape (batch, num_classes, *spatial), as the "
+            f"model's output or a part of it, got {came}. Name the classifier and leave example "
+            "out."
         )
-    return outputs, output
+    return outputs, parts, isinstance(output, list)
 
 
 @contextmanager
@@ -295,22 +308,139 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
     """Say why the outputs of a layer are not the logits; '' if they are, up to a resize."""
     if len(outputs) != 1:
         return f"called {len(outputs)} times in one forward"
-    (output,) = outputs
-    if output.ndim == 4 and output.shape[1] != logits.shape[1]:
-        output = output.movedim(-1, 1)  # A Linear answers in the last axis.
-    if output.ndim != 4 or output.shape[:2] != logits.shape[:2]:
+    answers, maps = _readings(outputs[0], logits)
+    pairs = [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
+    if not pairs:
         return f"gives {tuple(outputs[0].shape)}, the logits are {tuple(logits.shape)}"
-    output, logits = output.double(), logits.double()
-    distance = min(
-        float(
-            (
-                F.interpolate(output, logits.shape[2:], mode="bilinear", align_corners=a) - logits
-            ).norm()
-        )
-        for a in (False, True)
+    if any(_distance(a, b) <= _SAME for a, b in pairs):
+        return ""
+    cropped = any(_cropped(a, b) <= _SAME for a, b in pairs)
+    return "the logits are its output, cropped" if cropped else "its output is not the logits"
+
+
+def why_not_the_logits(answer: Tensor, output: Any) -> str:
+    """Say why a classifier's answer is not what the model returns; '' if it is, or returns none.
+
+    Args:
+        answer: what left the classifier in a forward, in training mode or not.
+        output: what left the model: a tensor, or tensors in lists and mappings.
+
+    Returns:
+        '' also if no tensor in the output has the answer's batch, classes and axes.
+    """
+    pairs = []
+    for logits in _tensors(output):
+        answers, maps = _readings(answer, logits)
+        pairs += [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
+    if not pairs or any(_alike(a, b) for a, b in pairs):
+        return ""
+    a, b = pairs[0]
+    shapes = (
+        f"it gives {tuple(a.shape)} and the model returns {tuple(b.shape)}, which is not a resize "
+        "of that"
     )
+    if any(_cropped(a, b) <= _ALIKE for a, b in pairs):
+        return (
+            f"{shapes}, but a crop: the model pads its images. Pad the labels in the same way with "
+            f"ignore_index, to {describe_sizes(_padded(a, b))}."
+        )
+    return (
+        f"{shapes}: a residual or a layer with weights follows. Name the last linear layer "
+        "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer."
+    )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Go through all floating tensors of an output; scales stacked in the second axis, apart."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and not hasattr(output, "full_tensor"):
+            yield output.detach()
+            if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
+                yield from output.detach().unbind(1)
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _readings(answer: Tensor, logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid."""
+    maps = [logits, logits.movedim(-1, 1)] if logits.ndim > 2 else []
+    answers = [answer, answer.movedim(-1, 1)] if answer.ndim > 2 else []
+    if answer.ndim == 3 and logits.ndim > 3:
+        unfolded = []
+        for each in answers:
+            for size in {tuple(m.shape[2:]) for m in maps}:
+                try:
+                    unfolded.append(on_grid(each, size, None))
+                except ValueError:
+                    continue
+        answers = unfolded
+    answers = [each for each in answers if 3 <= each.ndim <= 5]
+    return answers, [each for each in maps if any(each.ndim == a.ndim for a in answers)]
+
+
+_RESIZES: dict[int, list[dict[str, Any]]] = {
+    axes: [{"mode": mode, "align_corners": corners} for corners in (False, True)]
+    + [{"mode": "nearest"}, {"mode": "nearest-exact"}]
+    for axes, mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"))
+}
+
+
+def _distance(answer: Tensor, logits: Tensor) -> float:
+    """Return the least distance of a resized answer to the logits, over their length."""
     # The tolerance is relative: at random weights all logits of some models are tiny.
-    return "" if distance <= _SAME * float(logits.norm()) else "its output is not the logits"
+    answer, logits = answer.double(), logits.double()
+    if answer.ndim != logits.ndim:
+        return float("inf")
+    resizes = _RESIZES[answer.ndim - 2] if answer.shape != logits.shape else [None]
+    return min(
+        _relative(answer if way is None else F.interpolate(answer, logits.shape[2:], **way), logits)
+        for way in resizes
+    )
+
+
+def _relative(answer: Tensor, logits: Tensor) -> float:
+    return float((answer - logits).norm() / logits.norm().clamp_min(1e-30))
+
+
+def _alike(answer: Tensor, logits: Tensor) -> bool:
+    """Return whether logits, or what an activation made of them, are a resized answer."""
+    answer = answer.double()
+    for activation in (answer, answer.softmax(1), answer.sigmoid(), answer.log_softmax(1)):
+        if _distance(activation, logits) <= _ALIKE:
+            return True
+    if answer.ndim != logits.ndim or answer.shape[1] == 1:
+        return False
+    resized = F.interpolate(answer, logits.shape[2:], mode="nearest-exact")
+    return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
+
+
+def _padded(answer: Tensor, logits: Tensor) -> list[int]:
+    """Return the size that the images were padded to: a whole stride, the same in all axes."""
+    sizes = list(zip(answer.shape[2:], logits.shape[2:], strict=True))
+    stride = max(-(-big // small) for small, big in sizes)
+    return [small * stride for small, _ in sizes]
+
+
+def _cropped(answer: Tensor, logits: Tensor) -> float:
+    """Return the distance of an answer, resized by a whole stride and cropped, to the logits."""
+    if answer.ndim != logits.ndim:
+        return float("inf")
+    padded, size = _padded(answer, logits), logits.shape[2:]
+    if any(big < n for big, n in zip(padded, size, strict=True)) or tuple(padded) == tuple(size):
+        return float("inf")
+    distances = []
+    for way in _RESIZES[answer.ndim - 2]:
+        whole = F.interpolate(answer.double(), padded, **way)
+        for front in (lambda big, n: 0, lambda big, n: (big - n) // 2):
+            part = whole
+            for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
+                part = part.narrow(axis, front(big, n), n)
+            distances.append(_relative(part, logits.double()))
+    return min(distances)
 
 
 def _not_found(
@@ -318,29 +448,36 @@ def _not_found(
 ) -> ClassifierNotFoundError:
     """Build the error: the candidates, why none was taken, and what to write instead."""
     modules = dict(model.named_modules())
-    queries = [path for path in modules if path.split(".")[-1] in _QUERY_CLASSIFIERS]
+    refused = refusal(model)
     lines = [f"No pixel classifier is certain in {type(model).__name__}. Candidates:"]
     for path, reason in list(candidates.items())[-_LISTED:]:
         layer = modules[path]
         kind = type(layer).__name__
-        if isinstance(layer, nn.Conv2d):
-            kind += f" {layer.kernel_size[0]}x{layer.kernel_size[1]}"
-        reason = "classifies queries, not pixels" if path in queries else reason
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            kind += f" {'x'.join(map(str, layer.kernel_size))}"
+        if refused is not None and path.split(".")[-1] in refused.modules:
+            reason = "classifies queries, not pixels"
         lines.append(f"  {path}: {kind}, {_width_read(layer)} -> {_width_given(layer)}: {reason}")
     if not candidates:
-        lines.append("  none: no Conv2d or Linear whose output nothing else in the model reads")
-    if queries:
-        lines.append(_QUERY_RECIPE)
-    elif any(type(module).__name__ == "LRASPPHead" for module in modules.values()):
-        lines.append(_LRASPP_RECIPE)
-    elif _SINGLE in candidates.values():
-        lines.append(ONE_LOGIT)
-    else:
-        named = [path for path in candidates or ["path.to.it"] if path not in refuted]
-        if named:
-            line = f'mvsc.attach(model, classifier="{named[-1]}")'
-            lines.append(
-                f"If one layer turns the features of each pixel into its logits, name it: {line}."
-            )
-        lines.append("Otherwise pass features and a classifier to MVSCRegularizer.")
+        lines.append("  none: no linear layer whose output nothing else in the model reads")
+    if refused is not None:
+        return ClassifierNotFoundError("\n".join([*lines, refused.recipe]))
+    aside = (*ASIDE.values(), "a Linear", "a part of")
+    sensible = [
+        path
+        for path, reason in candidates.items()
+        if path not in refuted and not reason.startswith(aside)
+    ]
+    path = sensible[0] if len(sensible) == 1 else "path.of.the.layer"
+    if sensible or not refuted:
+        lines.append(
+            "If one layer turns the features of each pixel into its logits, name it: "
+            f'mvsc.attach(model, classifier="{path}").'
+        )
+    if not refuted:
+        lines.append(
+            "Or let a forward find it: mvsc.attach(model, example=images), with a batch as the "
+            "model takes it."
+        )
+    lines.append("Otherwise pass features and a classifier to MVSCRegularizer.")
     return ClassifierNotFoundError("\n".join(lines))

@@ -6,7 +6,7 @@ pyplot's state is not touched. Figures are as wide as two columns of a paper.
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -61,10 +61,10 @@ def draw_heatmap(
         TypeError: if cosines are not floating or the image is of another dtype.
         ValueError: if a shape is another.
     """
-    checks.check_cosines(cosines)
+    _check_cosines(cosines)
     height, width = cosines.shape
     if image is not None:
-        checks.check_image(image)
+        _check_image(image)
         height, width = image.shape[1:]
         grey = _pixels(image) @ np.array([0.299, 0.587, 0.114])
         _show(ax, grey, cmap="gray", vmin=0, vmax=1)
@@ -100,7 +100,7 @@ def draw_similarity(ax: Axes, centroids: Tensor, names: Sequence[str] | None = N
     """
     cosines = diagnostics.centroid_similarity(centroids)
     groups, num_classes, _ = centroids.shape
-    checks.check_names(names, num_classes)
+    _check_names(names, num_classes)
     matrix = ax.imshow(cosines.cpu().numpy(), cmap=_COSINE_COLORS, vmin=-1, vmax=1)
     many = num_classes > 40
     shown = range(0, num_classes, 20 if many else 1)
@@ -152,14 +152,15 @@ def heatmaps(
         TypeError: if a tensor is of a wrong dtype or an index is not an int.
         ValueError: if shapes do not fit, a class is out of range, or none is given.
     """
-    checks.check_image(image)
+    _check_image(image)
     checks.check_centroids("centroids", centroids)
     groups, num_classes, _ = centroids.shape
-    checks.check_names(names, num_classes)
-    checks.check_not_empty("classes", classes)
-    checks.check_one_image(features)
+    _check_names(names, num_classes)
+    if len(classes) == 0:
+        raise ValueError("classes must hold at least one entry, got none.")
+    _check_one_image(features)
     if labels is not None:
-        checks.check_class_map(labels, tuple(image.shape[1:]))
+        _check_labels(labels, tuple(image.shape[1:]))
     pixels = _pixels(image)
     columns: list[int | None] = [None, *range(groups)] if groups > 1 else [None]
     with rc_context(_STYLE):
@@ -205,3 +206,66 @@ def _pixels(image: Tensor) -> NDArray[np.float64]:
     scale = 1 if image.is_floating_point() else 255
     array: NDArray[np.float64] = image.detach().movedim(0, -1).cpu().to(torch.float64).numpy()
     return np.clip(array / scale, 0, 1)
+
+
+def _check_labels(labels: object, shape: tuple[int, ...]) -> None:
+    """Raise unless ``labels`` holds the class indices of an image of this shape."""
+    if not isinstance(labels, Tensor) or not checks.is_integer(labels):
+        raise TypeError(
+            f"labels must be an integer tensor of class indices, got {checks.kind(labels)}. "
+            "Use argmax over the classes for logits, or .long()."
+        )
+    if tuple(labels.shape) != shape:
+        raise ValueError(
+            f"labels must have shape {shape}, got {tuple(labels.shape)}. "
+            "Resize or index it to the image."
+        )
+
+
+def _check_cosines(cosines: object) -> None:
+    """Raise unless ``cosines`` is one floating heat map."""
+    if not isinstance(cosines, Tensor) or not cosines.is_floating_point():
+        raise TypeError(
+            f"cosines must be a floating-point tensor, got {checks.kind(cosines)}. "
+            "Use centroid_heatmap."
+        )
+    if cosines.ndim != 2:
+        raise ValueError(
+            f"cosines must have shape (height, width), got {tuple(cosines.shape)}. "
+            "Index the image: cosines[0]."
+        )
+
+
+def _check_image(image: object) -> None:
+    """Raise unless ``image`` is a (3, height, width) picture."""
+    if not isinstance(image, Tensor) or not (
+        image.is_floating_point() or image.dtype == torch.uint8
+    ):
+        raise TypeError(
+            f"image must be a uint8 or floating-point tensor, got {checks.kind(image)}. "
+            "Undo the normalisation first."
+        )
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"image must have shape (3, height, width), got {tuple(image.shape)}. "
+            "Index the batch, and use image.permute(2, 0, 1) for channels that come last."
+        )
+
+
+def _check_one_image(features: object) -> None:
+    """Raise unless ``features`` is the map of a single image."""
+    features = checks.check_feature_map(features)
+    if len(features) != 1:
+        raise ValueError(
+            "features must be those of one image, (1, dim, height, width), "
+            f"got {tuple(features.shape)}. Index the batch: features[:1]."
+        )
+
+
+def _check_names(names: Sized | None, count: int) -> None:
+    """Raise if there are names but not one for each of ``count`` classes."""
+    if names is not None and len(names) < count:
+        raise ValueError(
+            f"names must hold one name for each of the {count} classes, got {len(names)}. "
+            "Name the classes in the order of their indices."
+        )

@@ -1,25 +1,51 @@
 """The module: it owns the centroids and the hyper-parameters; ``terms`` is the walk."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, Literal, TypeGuard
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from mvsc import checks, distributed, equations
+from mvsc.checks import plain_tensor
+from mvsc.classifier import (
+    Classifier,
+    check_classifier,
+    classify_vectors,
+    reads_rows,
+    warn_of_what_mixes,
+)
 from mvsc.equations import MVSCTerms
-from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
-from mvsc.segment import segment_sum
+from mvsc.kernel import segment_sum
+from mvsc.labels import check_label_values, check_labels, default_ignore_index, out_of_range
+from mvsc.sampling import (
+    commonest_on_grid,
+    draw_groups,
+    draw_halves,
+    labels_on_grid,
+    stream_key,
+)
+from mvsc.watch import Watch
 
-Classifier = nn.Module | Callable[[Tensor], Tensor]
+__all__ = ["CellMeans", "Classifier", "MVSCRegularizer"]
 
-_STEPS_CHECKED_ON_DEVICE = 3
-"""Steps in which labels on a device are read back and checked in full."""
 
-_IDLE_STEPS = 100
-"""Steps without a change after which the centroids count as forgotten by the optimizer."""
+class CellMeans(NamedTuple):
+    """What Eq. (1) gives: the cells, i.e. (group, class) pairs, of one step.
+
+    Attributes:
+        means: R, shape ``(groups, num_classes, dim)``, float32 or float64; 0 in an empty cell.
+        counts: pixels of each cell, shape ``(groups, num_classes)``, int64.
+        present: cells with at least one pixel, shape ``(groups, num_classes)``, bool.
+    """
+
+    means: Tensor
+    counts: Tensor
+    present: Tensor
 
 
 class MVSCRegularizer(nn.Module):
@@ -45,7 +71,11 @@ class MVSCRegularizer(nn.Module):
             centroids and the classifier only.
         align_to: ``"global"`` aligns the means to the mean of the centroids over the groups,
             ``"group"`` to the centroid of their own group (R3).
-        ignore_index: label of pixels that do not count; may lie inside ``0 .. C - 1``.
+        ignore_index: label of pixels that do not count; may lie inside ``0 .. C - 1``. By
+            default 255, or -100 where 255 is a class.
+        grid_label: which label a pixel of a coarser feature map takes: ``"centre"``, the one at
+            its centre (R15), or ``"commonest"``, of all its labelled pixels: for points, strokes
+            and other sparse labels.
         seed: of the initial centroids and of all draws. Use the same on every process.
         sync: ``"auto"`` averages the gradient of the centroids over the processes in backward;
             ``False`` leaves that to the caller.
@@ -89,7 +119,8 @@ class MVSCRegularizer(nn.Module):
         classify_weight: float = 0.05,
         enhance: bool = True,
         align_to: Literal["global", "group"] = "global",
-        ignore_index: int = 255,
+        ignore_index: int | None = None,
+        grid_label: Literal["centre", "commonest"] = "centre",
         seed: int = 0,
         sync: Literal["auto", False] = "auto",
         sync_means: bool = False,
@@ -99,17 +130,26 @@ class MVSCRegularizer(nn.Module):
         sizes = {"num_classes": num_classes, "dim": dim, "groups": groups}
         for name, size in sizes.items():
             checks.check_positive_int(name, size)
-        checks.check_temperature(temperature)
+        if checks.check_number("temperature", temperature) < 1e-30:
+            raise ValueError(
+                f"temperature must be at least 1e-30, got {temperature}. The paper's value is 0.07."
+            )
         weights = {
             "align_weight": align_weight,
             "pull_weight": pull_weight,
             "classify_weight": classify_weight,
         }
         for name, weight in weights.items():
-            checks.check_weight(name, weight)
+            if checks.check_number(name, weight) < 0:
+                raise ValueError(
+                    f"{name} must be at least 0, got {weight}. Use 0 to switch the term off."
+                )
+        if ignore_index is None:
+            ignore_index = default_ignore_index(num_classes)
         checks.check_int("ignore_index", ignore_index)
         checks.check_int("seed", seed)
         checks.check_choice("align_to", align_to, ("global", "group"))
+        checks.check_choice("grid_label", grid_label, ("centre", "commonest"))
         checks.check_choice("sync", sync, ("auto", False))
         checks.check_choice("enhance", enhance, (True, False))
         checks.check_choice("sync_means", sync_means, (True, False))
@@ -123,6 +163,7 @@ class MVSCRegularizer(nn.Module):
         self.enhance = enhance
         self.align_to = align_to
         self.ignore_index = ignore_index
+        self.grid_label = grid_label
         self.seed = seed
         self.sync = sync
         self.sync_means = sync_means
@@ -131,10 +172,7 @@ class MVSCRegularizer(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         # Labels out of range that were met on a device, where they cannot raise.
         self.register_buffer("invalid_count", torch.zeros((), dtype=torch.int64), persistent=False)
-        self._checks_left = _STEPS_CHECKED_ON_DEVICE
-        self._classifier_warned = False
-        self._idle_steps, self._idle_warned = 0, False
-        self._version_seen = 0
+        self._watch = Watch()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -145,12 +183,21 @@ class MVSCRegularizer(nn.Module):
         drawn = torch.empty(self.centroids.shape, device="cpu", dtype=torch.float32)
         drawn.normal_(std=(2 / self.dim) ** 0.5, generator=generator)
         drawn = distributed.shard_like(drawn, self.centroids)
+        self._watch.forget_values()
         with torch.no_grad():
             self.centroids.copy_(drawn)
             self.step.zero_()
             self.invalid_count.zero_()
 
-    def forward(self, features: Tensor, labels: Tensor, classifier: Classifier) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        classifier: Classifier,
+        *,
+        grid: tuple[int, ...] | None = None,
+        channels_last: bool | None = None,
+    ) -> Tensor:
         """Compute what is added to the model's own loss: the weighted sum of Eq. (5).
 
         A term whose weight is 0 is not computed. In training mode each call is a step: it
@@ -159,13 +206,20 @@ class MVSCRegularizer(nn.Module):
 
         Args:
             features: R, the dense map that enters the classifier, before a dropout (R14), shape
-                ``(batch, dim, h, w)``, any floating dtype and memory layout. Never modified.
-            labels: Y, shape ``(batch, H, W)``, any integer dtype, of any size; brought to the
-                feature grid (R15).
-            classifier: the model's own pixel classifier: a Conv2d, a Linear, or any callable
-                that maps ``(N, dim, 1, 1)`` to ``(N, num_classes, 1, 1)`` or
-                ``(N, num_classes)``. A k x k convolution, alone or inside a module, answers as
-                inside a uniform region (R13).
+                ``(batch, dim, *spatial)`` with one to three spatial axes: points, images,
+                volumes. Where the classifier is an nn.Linear also ``(batch, *spatial, dim)``,
+                as the Linear reads it. Any floating dtype and memory layout. Never modified.
+            labels: Y, shape ``(batch, *spatial')`` with as many axes, any integer dtype, of any
+                size; brought to the feature grid (R15). What is padded carries ``ignore_index``.
+            classifier: the model's own pixel classifier: a convolution of any kernel, a Linear,
+                or any callable that maps ``(N, dim, 1, 1)``, with as many ones as the features
+                have spatial axes, to ``(N, num_classes, 1, 1)`` or ``(N, num_classes)``. A wide
+                convolution, alone or inside a module, answers as inside a uniform region (R13).
+                One logit z is the two classes (0, z), with ``num_classes=2``.
+            grid: height and width of tokens, ``(batch, pixels, dim)``, whose labels are a map;
+                by default the only ones that have the labels' ratio.
+            channels_last: whether the last axis of the features holds the channels; by default
+                found out where the classifier is a Linear, else false.
 
         Returns:
             Scalar, float32 (float64 for float64 features), at least 0. Without a labelled
@@ -179,9 +233,19 @@ class MVSCRegularizer(nn.Module):
                 such pixels are ignored and counted in ``invalid_count``, since reading them
                 would stall the device.
         """
-        return self.total(self._walk(features, labels, classifier, self._weights()))
+        weighed = zip(MVSCTerms._fields, self._weights(), strict=True)
+        wanted = [name for name, weight in weighed if weight > 0]
+        return self.total(self._walk(features, labels, classifier, grid, channels_last, wanted))
 
-    def terms(self, features: Tensor, labels: Tensor, classifier: Classifier) -> MVSCTerms:
+    def terms(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        classifier: Classifier,
+        *,
+        grid: tuple[int, ...] | None = None,
+        channels_last: bool | None = None,
+    ) -> MVSCTerms:
         """Compute the three terms, unweighted, for those who log them one by one.
 
         It takes the place of :meth:`forward`, not a call beside it: add ``total(terms)`` to
@@ -191,6 +255,8 @@ class MVSCRegularizer(nn.Module):
             features: as in :meth:`forward`.
             labels: as in :meth:`forward`.
             classifier: as in :meth:`forward`.
+            grid: as in :meth:`forward`.
+            channels_last: as in :meth:`forward`.
 
         Returns:
             The terms, scalars with gradients; see :class:`MVSCTerms`.
@@ -203,7 +269,8 @@ class MVSCRegularizer(nn.Module):
             >>> {name: term.item() for name, term in terms._asdict().items()}.keys()
             dict_keys(['align', 'pull', 'classify'])
         """
-        return self._walk(features, labels, classifier, (1.0, 1.0, 1.0))
+        wanted = MVSCTerms._fields
+        return self._walk(features, labels, classifier, grid, channels_last, wanted)
 
     def total(self, terms: MVSCTerms) -> Tensor:
         """Weigh and add the terms: Eq. (5) without the pixels' own cross-entropy.
@@ -245,6 +312,100 @@ class MVSCRegularizer(nn.Module):
             f"ignore_index={self.ignore_index}, seed={self.seed}"
         )
 
+    def split(self, grid: Tensor, features: Tensor) -> Tensor:
+        """Split the pixels of each class into groups: the partition of Eq. (1) (R9).
+
+        This and the methods that follow, in the paper's order, are the steps of one walk. A
+        subclass replaces one of them to try another method, and inherits the rest: checks,
+        float32 inside, processes in step, checkpointing, compilation.
+
+        Args:
+            grid: labels on the feature grid, int64, shape ``(batch, *spatial)``, in
+                ``0 .. num_classes``, where ``num_classes`` stands for pixels that do not count.
+            features: R, shape ``(batch, dim, *spatial)``.
+
+        Returns:
+            The cell ``group * num_classes + label`` of each pixel, shape of the grid;
+            ``groups * num_classes`` for one that does not count.
+        """
+        rank = distributed.rank(self.process_group)
+        key = stream_key(self.seed, self.step, rank)
+        return draw_groups(grid, self.groups, self.num_classes, key)
+
+    def cell_means(self, features: Tensor, labels: Tensor) -> CellMeans:
+        """Average the features of each cell: Eq. (1), with labels brought to the grid (R15).
+
+        Args:
+            features: R, shape ``(batch, dim, *spatial)``.
+            labels: Y, shape ``(batch, *spatial')``.
+
+        Returns:
+            Means, counts and mask of the cells; with ``sync_means`` of all processes (R18).
+        """
+        bring = commonest_on_grid if self.grid_label == "commonest" else labels_on_grid
+        grid = bring(labels, features.shape[2:], self.num_classes, self.ignore_index)
+        cells = self.split(grid, features)
+        sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
+        if self.sync_means:
+            sums = distributed.sum_over_processes(sums, self.process_group)
+            counts = distributed.sum_over_processes(counts, self.process_group)
+        means, present = equations.class_group_means(sums, counts, self.groups)
+        return CellMeans(means.to(self._dtype(features)), counts.view_as(present), present)
+
+    def align(self, cells: CellMeans, centroids: Tensor) -> Tensor:
+        """Compute Eq. (2): pull each mean to the centroid of its class (R3), push it from others.
+
+        Args:
+            cells: of :meth:`cell_means`.
+            centroids: V, shape ``(groups, num_classes, dim)``.
+
+        Returns:
+            Scalar.
+        """
+        targets = equations.alignment_targets(centroids, self.align_to)
+        return equations.alignment_loss(cells.means, targets, cells.present, self.temperature)
+
+    def pull(self, centroids: Tensor) -> Tensor:
+        """Compute Eq. (3), with halves that are the same on every process, as V is (R7).
+
+        Args:
+            centroids: V, shape ``(groups, num_classes, dim)``.
+
+        Returns:
+            Scalar.
+        """
+        order = draw_halves(self.groups, stream_key(self.seed, self.step))
+        return equations.centroid_pull_loss(centroids, order)
+
+    def enhanced(self, cells: CellMeans, centroids: Tensor) -> Tensor:
+        """Compute V' of Eq. (4); V itself without ``enhance``.
+
+        Args:
+            cells: of :meth:`cell_means`.
+            centroids: V, shape ``(groups, num_classes, dim)``.
+
+        Returns:
+            Shape of the centroids.
+        """
+        return equations.enhance_centroids(centroids, cells.means) if self.enhance else centroids
+
+    def classify(
+        self, enhanced: Tensor, cells: CellMeans, ask: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Compute L_v: the model's own classifier has to recognise V' (R13).
+
+        Args:
+            enhanced: V', shape ``(groups, num_classes, dim)``.
+            cells: of :meth:`cell_means`.
+            ask: the classifier, for vectors: maps ``(N, dim)`` to ``(N, num_classes)``.
+
+        Returns:
+            Scalar.
+        """
+        logits = ask(rearrange(enhanced, "g c d -> (g c) d"))
+        logits = rearrange(logits, "(g c) k -> g c k", g=self.groups)
+        return equations.centroid_classification_loss(logits, cells.present)
+
     def _weights(self) -> tuple[float, float, float]:
         return self.align_weight, self.pull_weight, self.classify_weight
 
@@ -253,98 +414,78 @@ class MVSCRegularizer(nn.Module):
         features: Tensor,
         labels: Tensor,
         classifier: Classifier,
-        weights: tuple[float, float, float],
+        grid: tuple[int, ...] | None,
+        channels_last: bool | None,
+        wanted: Collection[str],
     ) -> MVSCTerms:
-        """Walk from features to terms; a term whose weight is 0 stays a constant 0."""
-        self._check(features, labels, classifier)
+        """Walk from features to terms; one that is not wanted stays a constant 0."""
+        features, labels = self._check(features, labels, classifier, grid, channels_last)
         self._advance()
-        device_type = features.device.type
-        # The compiler of torch 2.6 cannot ask, so it is taken for granted there.
-        if not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)):
-            return self._terms(features, labels, classifier, weights)
+        axes = features.ndim - 2
+        ask = partial(classify_vectors, classifier, num_classes=self.num_classes, axes=axes)
         # Sums, norms and logits in float32, whatever the model around runs in.
-        with torch.autocast(device_type, enabled=False):
-            return self._terms(features, labels, classifier, weights)
+        with _without_autocast(features.device.type):
+            centroids = self._centroids(self._dtype(features))
+            align = pull = classify = features.new_zeros((), dtype=centroids.dtype)
+            if "align" in wanted or "classify" in wanted:
+                cells = self.cell_means(features, labels)
+            if "align" in wanted:
+                align = self.align(cells, centroids)
+            if "pull" in wanted:
+                pull = self.pull(centroids)
+            if "classify" in wanted:
+                classify = self.classify(self.enhanced(cells, centroids), cells, ask)
+            return MVSCTerms(align, pull, classify)
 
-    def _terms(
+    def _centroids(self, dtype: torch.dtype) -> Tensor:
+        """Return V as the walk uses it: in step over the processes, and watched in backward."""
+        centroids: Tensor = self.centroids
+        if self.training and not torch.compiler.is_compiling():
+            centroids = self._watch.notice_kept_gradient(centroids)
+        centroids = centroids.to(dtype)
+        if self.sync == "auto":
+            centroids = distributed.average_gradient(centroids, self.process_group)
+        return centroids
+
+    def _check(
         self,
         features: Tensor,
         labels: Tensor,
         classifier: Classifier,
-        weights: tuple[float, float, float],
-    ) -> MVSCTerms:
-        align_weight, pull_weight, classify_weight = weights
-        align = pull = classify = features.new_zeros((), dtype=self._dtype(features))
-        centroids = self.centroids.to(align.dtype)
-        if self.sync == "auto":
-            centroids = distributed.average_gradient(centroids, self.process_group)
-
-        if align_weight or classify_weight:
-            size = (features.shape[2], features.shape[3])
-            grid = labels_on_grid(labels, size, self.num_classes, self.ignore_index)
-            rank = distributed.rank(self.process_group)
-            key = stream_key(self.seed, self.step, rank)
-            cells = draw_groups(grid, self.groups, self.num_classes, key)
-            sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
-            if self.sync_means:
-                sums = distributed.sum_over_processes(sums, self.process_group)
-                counts = distributed.sum_over_processes(counts, self.process_group)
-            means, present = equations.class_group_means(sums, counts, self.groups)
-            means = means.to(align.dtype)
-
-        if align_weight:
-            to_group = self.align_to == "group"
-            targets = centroids if to_group else equations.global_centroids(centroids)
-            align = equations.alignment_loss(means, targets, present, self.temperature)
-
-        if pull_weight:
-            # The same on every process: the centroids are.
-            order = draw_halves(self.groups, stream_key(self.seed, self.step))
-            pull = equations.centroid_pull_loss(centroids, order)
-
-        if classify_weight:
-            enhanced = equations.enhance_centroids(centroids, means) if self.enhance else centroids
-            classify = equations.centroid_classification_loss(
-                enhanced, present, lambda vectors: self._classify(vectors, classifier)
-            )
-        return MVSCTerms(align, pull, classify)
-
-    def _classify(self, vectors: Tensor, classifier: Classifier) -> Tensor:
-        """Ask the model's classifier for the class of each of N vectors (R13)."""
-        if _is_plain_linear(classifier):
-            weight = classifier.weight
-            # A k x k kernel is summed: the convolution itself would pad the vector with zeros
-            # and leave only the centre tap.
-            weight = weight.flatten(2).sum(dim=2) if weight.ndim == 4 else weight
-            logits = F.linear(vectors.to(weight.dtype), weight, classifier.bias)
+        grid: tuple[int, ...] | None,
+        channels_last: bool | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Raise unless everything fits; return ``(batch, dim, *spatial)`` and the labels."""
+        rows = reads_rows(classifier)
+        # Subclasses as MONAI's and torchvision's remember things at each operation.
+        features, labels = plain_tensor(features), plain_tensor(labels)
+        features = checks.check_features(
+            features, self.dim, self.centroids.device, rows=rows, channels_last=channels_last
+        )
+        tokens = features.ndim == 3 and (grid is not None or rows or bool(channels_last))
+        check_labels(labels, features, tokens)
+        features = checks.on_grid(features, tuple(labels.shape[1:]), grid)
+        check_classifier(classifier, self.dim, self.num_classes, features.ndim - 2)
+        if torch.compiler.is_compiling():
+            self._count_invalid(labels)
+            return features, labels
+        watch = self._watch
+        if "mixing" not in watch.said and warn_of_what_mixes(classifier):
+            watch.said.add("mixing")
+        watch.notice_sizes(tuple(features.shape[2:]), tuple(labels.shape[1:]))
+        if watch.may_read(labels):
+            check_label_values(labels, self.num_classes, self.ignore_index)
+            if self.grid_label == "centre" and labels.shape[1:] != features.shape[2:]:
+                watch.notice_lost_labels(
+                    labels, features.shape[2:], self.num_classes, self.ignore_index
+                )
         else:
-            parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
-            dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
-            inputs = vectors.to(dtype)
-            rows, columns = _reach(classifier)
-            if not isinstance(classifier, nn.Linear):
-                inputs = inputs[:, :, None, None].repeat(1, 1, rows, columns)
-            logits = classifier(inputs)
-            if rows * columns > 1 and isinstance(logits, Tensor) and logits.ndim == 4:
-                # The centre of the region, where no padding is seen.
-                height, width = logits.shape[2:]
-                logits = logits[:, :, (height - 1) // 2, (width - 1) // 2]
-            checks.check_logits(logits, len(vectors), self.num_classes)
-        return logits.reshape(len(vectors), self.num_classes).to(vectors.dtype)
+            self._count_invalid(labels)
+        return features, labels
 
-    def _check(self, features: Tensor, labels: Tensor, classifier: Classifier) -> None:
-        checks.check_features(features, self.dim, self.centroids.device)
-        checks.check_labels(labels, features)
-        checks.check_classifier(classifier, self.dim, self.num_classes)
-        if not torch.compiler.is_compiling():
-            if not self._classifier_warned:
-                self._classifier_warned = checks.warn_of_dropout_and_norm(classifier)
-            on_cpu = labels.device.type == "cpu"
-            if on_cpu or (self._checks_left > 0 and not _capturing(labels.device)):
-                self._checks_left -= 0 if on_cpu else 1
-                checks.check_label_values(labels, self.num_classes, self.ignore_index)
-                return
-        bad = checks.out_of_range(labels, self.num_classes, self.ignore_index)
+    def _count_invalid(self, labels: Tensor) -> None:
+        """Count labels out of range, which are ignored where reading them would stall a device."""
+        bad = out_of_range(labels, self.num_classes, self.ignore_index)
         self.invalid_count += bad.sum()
 
     def _advance(self) -> None:
@@ -359,19 +500,7 @@ class MVSCRegularizer(nn.Module):
             _count_step(self.step)
         elif not _replaying():
             self.step += 1
-            self._notice_idle_centroids()
-
-    def _notice_idle_centroids(self) -> None:
-        """Warn once if no optimizer moves the centroids, though they have a gradient."""
-        # Nothing is read from the device: an optimizer changes the tensor, which autograd counts
-        # (though not for a fused one), and clears its gradient.
-        version = self.centroids._version
-        idle = self.centroids.grad is not None and version == self._version_seen
-        self._idle_steps = self._idle_steps + 1 if idle else 0
-        self._version_seen = version
-        if self._idle_steps == _IDLE_STEPS and not self._idle_warned:
-            self._idle_warned = True
-            checks.warn_of_idle_centroids(_IDLE_STEPS)
+            self._watch.notice_idle_centroids(self.centroids)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
         # FSDP2's mixed precision hands out the centroids in half precision, too.
@@ -404,6 +533,7 @@ class MVSCRegularizer(nn.Module):
                 "Cast the floating tensors of a state alone."
             )
             return
+        self._watch.forget_values()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
@@ -417,7 +547,7 @@ class MVSCRegularizer(nn.Module):
 
 
 def _replaying() -> bool:
-    """Tell whether a backward runs: the signal that FSDP2 uses, too."""
+    """Return whether a backward runs: the signal that FSDP2 uses, too."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -436,30 +566,8 @@ def _is_half(tensor: Tensor) -> bool:
     return torch.promote_types(tensor.dtype, torch.float32) != tensor.dtype
 
 
-def _is_plain_linear(classifier: object) -> TypeGuard[nn.Conv2d | nn.Linear]:
-    """Tell whether a classifier is a linear map whose weights can be used without calling it.
-
-    A subclass, or one whose forward was replaced, may do more, and weights that FSDP2 has sharded
-    are gathered, and their gradient averaged, by its hooks: both have to be called.
-    """
-    forwards = (nn.Conv2d.forward, nn.Linear.forward)
-    if not isinstance(classifier, (nn.Conv2d, nn.Linear)):
-        return False
-    # The compiler cannot ask an instance for its own forward.
-    own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
-    plain = type(classifier).forward in forwards and not own
-    return plain and not checks.is_sharded(classifier)
-
-
-def _reach(classifier: Classifier) -> tuple[int, int]:
-    """Return the rows and columns around a pixel that a classifier looks at."""
-    rows = columns = 1
-    for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
-        if isinstance(layer, nn.Conv2d):
-            rows += layer.dilation[0] * (layer.kernel_size[0] - 1)
-            columns += layer.dilation[1] * (layer.kernel_size[1] - 1)
-    return rows, columns
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # The compiler of torch 2.6 cannot ask, so it is taken for granted there.
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -6,6 +6,7 @@ weights and the same order of the data; a resumed run draws what it would have d
 draws are equal on every device, eager and compiled.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -20,22 +21,23 @@ _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
 
 
 def labels_on_grid(
-    labels: Tensor, size: tuple[int, int], num_classes: int, ignore_index: int
+    labels: Tensor, size: Sequence[int], num_classes: int, ignore_index: int
 ) -> Tensor:
     """Bring the labels to the feature grid and give every pixel that does not count one label.
 
-    Each feature pixel takes the label at its centre (reading R15): row
-    ``((2 i + 1) H) // (2 h)``, in exact integers. Interpolation in floating point differs from
-    that for some sizes and cannot hold every class index.
+    Each feature pixel takes the label at its centre (reading R15): in an axis that the labels
+    divide into H and the features into h, place i takes ``((2 i + 1) H) // (2 h)``, in exact
+    integers. Interpolation in floating point differs from that for some sizes and cannot hold
+    every class index.
 
     Args:
-        labels: class map, shape ``(batch, H, W)``, any integer dtype.
-        size: ``(h, w)``, the size of the feature map.
+        labels: class map, shape ``(batch, *spatial')``, any integer dtype.
+        size: ``spatial``, the size of the feature map, with as many axes.
         num_classes: C.
         ignore_index: label of unlabelled pixels; may be any integer.
 
     Returns:
-        int64, shape ``(batch, h, w)``, in ``0 .. num_classes``; ``num_classes`` stands for
+        int64, shape ``(batch, *spatial)``, in ``0 .. num_classes``; ``num_classes`` stands for
         every pixel that is ignored or out of range.
 
     Example:
@@ -45,16 +47,66 @@ def labels_on_grid(
     """
     if labels.dtype in _NOT_INDEXED:
         labels = labels.long()
-    if labels.shape[1:] != size:
-        rows, columns = (
-            ((2 * torch.arange(target, device=labels.device) + 1) * source) // (2 * target)
-            for source, target in zip(labels.shape[1:], size, strict=True)
-        )
-        labels = labels[:, rows.unsqueeze(1), columns]
+    for axis, (source, target) in enumerate(zip(labels.shape[1:], size, strict=True), start=1):
+        if source != target:
+            centres = ((2 * torch.arange(target, device=labels.device) + 1) * source) // (
+                2 * target
+            )
+            labels = labels.index_select(axis, centres)
     # Widened before any comparison: uint8 == -100 is true for class 156.
     grid = labels.long()
     counts = (grid >= 0) & (grid < num_classes) & (grid != ignore_index)
     return torch.where(counts, grid, num_classes)
+
+
+def commonest_on_grid(
+    labels: Tensor, size: Sequence[int], num_classes: int, ignore_index: int
+) -> Tensor:
+    """Bring labels to the feature grid by vote: the commonest of each feature pixel's labels.
+
+    For points and strokes, few of which lie at a feature pixel's centre. A label pixel belongs to
+    the feature pixel that its own centre lies in; of labels that are equally common the lowest
+    wins. A feature pixel that no label pixel's centre lies in, as where the map is finer than the
+    labels, takes the label at its centre, as in :func:`labels_on_grid`.
+
+    Args:
+        labels: as in :func:`labels_on_grid`.
+        size: as in :func:`labels_on_grid`.
+        num_classes: C.
+        ignore_index: label of unlabelled pixels, which do not vote.
+
+    Returns:
+        As :func:`labels_on_grid`; ``num_classes`` where no label pixel is labelled.
+
+    Example:
+        >>> labels = torch.tensor([[[255, 1, 3, 255], [255, 2, 2, 255], [0, 255, 255, 255]]])
+        >>> commonest_on_grid(labels, (1, 2), num_classes=4, ignore_index=255).tolist()
+        [[[0, 2]]]
+    """
+    batch, spatial = labels.shape[0], tuple(size)
+    centres = labels_on_grid(labels, size, num_classes, ignore_index)
+    votes = labels_on_grid(labels, labels.shape[1:], num_classes, ignore_index)
+    # The number of the feature pixel of each label pixel, axis by axis.
+    place = torch.arange(batch, device=labels.device).view(-1, *[1] * len(spatial))
+    reached = torch.ones_like(place, dtype=torch.bool)
+    for axis, (source, target) in enumerate(zip(labels.shape[1:], spatial, strict=True), start=1):
+        shape = [-1 if a == axis else 1 for a in range(1 + len(spatial))]
+        own = ((2 * torch.arange(source, device=labels.device) + 1) * target) // (2 * source)
+        place = place * target + own.view(shape)
+        hit = torch.zeros(target, dtype=torch.bool, device=labels.device)
+        reached = reached & hit.index_fill(0, own, True).view(shape)
+    # Sorted by (place, label), equal votes are a run; its last vote knows how long it is.
+    keys = (place * (num_classes + 1) + votes).flatten().sort().values
+    first = torch.searchsorted(keys, keys)
+    length = torch.arange(1, len(keys) + 1, device=labels.device) - first
+    label = keys % (num_classes + 1)
+    # The most votes, then the lowest label; those of unlabelled pixels weigh nothing.
+    weight = torch.where(label < num_classes, length, 0) * (num_classes + 1) + num_classes - label
+    best = weight.new_zeros(centres.numel())
+    best = best.scatter_reduce(0, keys // (num_classes + 1), weight, "amax")
+    winner = num_classes - best % (num_classes + 1)
+    winner = torch.where(best > num_classes, winner, num_classes).view_as(centres)
+    return torch.where(reached, winner, centres)
 
 
 def stream_key(seed: int, step: Tensor, rank: int = 0) -> Tensor:
@@ -82,7 +134,7 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
     of a class differ by at most one, and which groups get the remainder is random too.
 
     Args:
-        labels: int64, shape ``(batch, h, w)``, in ``0 .. num_classes``, as
+        labels: int64, shape ``(batch, *spatial)``, in ``0 .. num_classes``, as
             :func:`labels_on_grid` returns it.
         groups: G.
         num_classes: C.

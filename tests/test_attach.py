@@ -1,4 +1,5 @@
 import copy
+import gc
 import io
 import logging
 import pickle
@@ -380,6 +381,26 @@ def test_a_regularizer_that_nobody_holds_gives_way(images, labels):
         attach(model)
 
 
+@pytest.mark.parametrize("add_to_loss", [False, True])
+def test_who_attaches_again_takes_the_place_of_one_that_nobody_holds(images, labels, add_to_loss):
+    model = NetWithLoss()
+
+    def trial():
+        return attach(model, add_to_loss=add_to_loss).regularizer.centroids
+
+    first = trial()
+    if add_to_loss:  # It works as long as nobody takes its place.
+        model(images, labels).loss.backward()
+        assert first.grad is not None
+    gc.collect()
+    second = trial()
+    assert second is not first
+    held = attach(model)
+    with pytest.raises(ValueError, match=r"Call its detach\(\) first"):
+        attach(model, add_to_loss=add_to_loss)
+    held.detach()
+
+
 def test_a_loss_without_a_forward_raises(labels):
     with pytest.raises(RuntimeError, match=r"no forward ran since.*torch\.compiler\.reset\(\)"):
         attach(Net())(labels)
@@ -624,12 +645,62 @@ def test_add_to_loss_does_nothing_in_a_copy(images, labels):
     assert_close(copy.deepcopy(model)(images, labels).loss, loss)
 
 
-def test_add_to_loss_without_labels_raises_at_the_second_forward(images, labels):
+def test_add_to_loss_that_never_gets_labels_says_so_once(images, labels):
     model = NetWithLoss()
-    attach(model, add_to_loss=True)
-    model(images)
-    with pytest.raises(RuntimeError, match=r"no labels.*Pass labels to the model"):
+    reg = attach(model, add_to_loss=True)
+    for _ in range(9):
         model(images)
+    with pytest.warns(UserWarning, match=r"10 forwards.*no labels.*Pass labels to the model"):
+        model(images)
+    for _ in range(20):
+        model(images)
+    model(images, labels)
+    assert reg.regularizer.step == 1
+
+
+def test_add_to_loss_takes_steps_with_labelled_and_unlabelled_forwards(images, labels):
+    model = NetWithLoss()
+    reg = attach(model, add_to_loss=True)
+    for _ in range(30):
+        (model(images, labels).loss + model(images).logits.square().mean()).backward()
+    assert reg.regularizer.step == 30
+
+
+def test_add_to_loss_survives_a_forward_that_failed_and_keeps_no_graph_of_it(images, labels):
+    model = NetWithLoss()
+    reg = attach(model, add_to_loss=True)
+    entered = []
+    model.classifier.register_forward_pre_hook(lambda m, args: entered.append(weakref.ref(args[0])))
+    handle = model.classifier.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(images, labels)
+    gc.collect()
+    assert entered[0]() is None
+    handle.remove()
+    expected = attach(copy.deepcopy(model), add_to_loss=True).regularizer
+    assert model(images[:1], labels[:1]).loss.isfinite()
+    assert reg.regularizer.step == 1
+    assert expected.step == 0
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_add_to_loss_looks_through_a_wrapper_that_hands_on_what_it_gets(images, labels, by_name):
+    losses = []
+    for wrap in (Wrapped, lambda model: model):
+        torch.manual_seed(1)
+        model = wrap(NetWithLoss())
+        attach(model, add_to_loss=True)
+        losses.append((model(images, labels=labels) if by_name else model(images, labels)).loss)
+    assert_close(*losses, rtol=0, atol=0)
 
 
 # The compiler looks at the gradient of every tensor that it meets.
@@ -725,7 +796,8 @@ def test_two_heads_are_listed_with_the_line_to_write():
     message = str(error.value)
     assert "classifier: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
     assert "boundary: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
-    assert 'mvsc.attach(model, classifier="boundary")' in message
+    assert 'mvsc.attach(model, classifier="path.of.the.layer")' in message  # neither of the two
+    assert "mvsc.attach(model, example=images)" in message
 
 
 def test_auxiliary_heads_and_linear_layers_are_listed_but_not_taken(images):
@@ -742,7 +814,7 @@ def test_auxiliary_heads_and_linear_layers_are_listed_but_not_taken(images):
 
 @pytest.mark.parametrize("last", [nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1, groups=2)])
 def test_a_model_without_a_candidate_says_so(last):
-    with pytest.raises(ClassifierNotFoundError, match="none: no Conv2d or Linear whose output"):
+    with pytest.raises(ClassifierNotFoundError, match="none: no linear layer whose output"):
         attach(nn.Sequential(nn.Conv2d(3, 8, 3), last))
 
 
@@ -826,25 +898,27 @@ def test_the_sizes_are_the_classifiers():
         attach(shuffled, num_classes=5)
 
 
-def test_a_single_logit_is_refused_with_the_way_to_do_it(images, labels):
+def test_a_single_logit_is_two_classes(images, labels):
     model = Net(classes=1)
-    for name in (None, "classifier"):
-        with pytest.raises(ValueError, match=r"(?s)one.*num_classes=2.*torch\.cat"):
-            attach(model, classifier=name)
-    with pytest.raises(ValueError, match=r"got one\. One logit stands for two.*num_classes=2"):
-        MVSCRegularizer(2, DIM)(model.encoder(images), labels % 2, model.classifier)
-
-    def conv(vectors: Tensor) -> Tensor:
-        return model.classifier(vectors)
-
-    found = MVSCRegularizer(2, DIM).terms(
-        model.encoder(images),
-        labels % 2,
-        lambda v: torch.cat([torch.zeros_like(conv(v)), conv(v)], dim=1),
-    )
-    logits = conv(MVSCRegularizer(2, DIM).centroids.flatten(0, 1)[:, :, None, None]).flatten()
+    reg = attach(model, classifier="classifier")
+    assert reg.regularizer.num_classes == 2
+    model(images)
+    found = reg.terms(labels % 2)
+    explicit = MVSCRegularizer(2, DIM)
+    features = model.encoder(images)
+    for classifier in (
+        model.classifier,
+        lambda v: torch.cat([torch.zeros_like(model.classifier(v)), model.classifier(v)], dim=1),
+    ):
+        explicit.step.zero_()
+        assert_close(explicit.terms(features, labels % 2, classifier), found)
+    logits = model.classifier(explicit.centroids.flatten(0, 1)[:, :, None, None]).flatten()
     target = torch.arange(2.0).repeat(4)
     assert_close(found.classify, F.binary_cross_entropy_with_logits(logits, target))
+    with pytest.raises(ValueError, match=r"num_classes must be that of the classifier, 2 of"):
+        attach(Net(classes=1), classifier="classifier", num_classes=1)
+    with pytest.raises(ValueError, match=r"got one, which stands for two classes.*num_classes=2"):
+        MVSCRegularizer(3, DIM)(features, labels % 2, model.classifier)
 
 
 def test_a_classifier_is_named_by_a_module_or_a_path():
@@ -861,7 +935,9 @@ def test_a_setting_is_set_where_it_has_an_effect(images, labels):
     reg.regularizer.pull_weight = 0.0
     model(images)
     assert reg(labels) == 0
-    reg.note = "of my own"
+    reg.note = reg.pre_bwd_fn = "of my own"
+    reg.regularizer.pre_bwd_fn = "of a framework"
+    reg.pre_bwd_fn = "which sets it on every module"
 
 
 def test_the_ignored_label_of_the_models_config_gives_way_to_the_users():

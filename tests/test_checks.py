@@ -57,8 +57,8 @@ def test_choices_are_named():
         MVSCRegularizer(5, 6, sync="never")
     with pytest.raises(ValueError, match="enhance must be True or False, got 'yes'"):
         MVSCRegularizer(5, 6, enhance="yes")
-    with pytest.raises(TypeError, match="ignore_index must be an int, got NoneType None"):
-        MVSCRegularizer(5, 6, ignore_index=None)
+    with pytest.raises(TypeError, match="ignore_index must be an int, got str '255'"):
+        MVSCRegularizer(5, 6, ignore_index="255")
     with pytest.raises(TypeError, match="seed must be an int, got float 0.5"):
         MVSCRegularizer(5, 6, seed=0.5)
 
@@ -68,9 +68,10 @@ def test_choices_are_named():
     [
         ([1.0], TypeError, r"features must be a floating-point tensor, got list \[1.0\]"),
         (LABELS, TypeError, r"features must be a floating-point tensor, got torch.int64. Pass the"),
-        (torch.zeros(2, 16, 6), ValueError, r"got \(2, 16, 6\). Reshape tokens"),
-        (torch.zeros(6, 4), ValueError, r"features must have shape \(batch, dim, height, width\)"),
-        (torch.zeros(2, 6, 0, 4), ValueError, r"at least one channel, row and column"),
+        (torch.zeros(2, 16, 6), ValueError, r"got \(2, 16, 6\). Pass channels_last=True if"),
+        (torch.zeros(6, 4), ValueError, r"features must have shape \(batch, dim, \*spatial\)"),
+        (torch.zeros(2, 6, 4, 4, 4, 4), ValueError, r"one to three spatial axes, got \(2, 6, 4"),
+        (torch.zeros(2, 6, 0, 4), ValueError, r"one channel and one place in each spatial axis"),
         (torch.zeros(2, 9, 4, 4), ValueError, r"dim=6, got \(2, 9, 4, 4\). Build .* with dim=9 or"),
         (torch.zeros(2, 6, 4, 4, device="meta"), ValueError, r"device of the centroids, cpu, got"),
     ],
@@ -87,12 +88,11 @@ def test_wrong_features_are_named_with_the_remedy(features, error, message):
         (LABELS.float(), TypeError, r"got torch.float32. Use labels.long\(\)"),
         (LABELS.bool(), TypeError, r"got torch.bool. Use labels.long\(\)"),
         (LABELS.unsqueeze(1), ValueError, r"got \(2, 1, 8, 8\). Use labels.squeeze\(1\)"),
-        (LABELS.unsqueeze(3), ValueError, r"got \(2, 8, 8, 1\). Use labels.squeeze\(3\)"),
-        (LABELS.new_zeros(2, 5, 8, 8), ValueError, r"one-hot labels use labels.argmax\(1\)"),
-        (LABELS[0], ValueError, r"got \(8, 8\). For a single image use labels.unsqueeze\(0\)"),
+        (LABELS.unsqueeze(3), ValueError, r"got \(2, 8, 8, 1\). Use labels.squeeze\(-1\)"),
+        (LABELS[0], ValueError, r"got \(8, 8\). Pass one class index for each pixel"),
         (LABELS[0, 0], ValueError, r"got \(8,\). Pass one class index for each pixel"),
         (LABELS[:1], ValueError, r"batch size of the features, 2, got 1. Pass the labels of the"),
-        (LABELS[:, :0], ValueError, r"at least one row and one column, got \(2, 0, 8\)"),
+        (LABELS[:, :0], ValueError, r"at least one place in each axis, got \(2, 0, 8\)"),
         (LABELS.to("meta"), ValueError, r"device of the features, cpu, got meta. Use labels.to"),
     ],
 )

@@ -16,11 +16,7 @@ import oracle
 from batches import IGNORE, Batch, NoHostReads, batches
 from mvsc import diagnostics, equations
 
-
-def cosine(a, b):
-    """Cosine of two vectors, 0 if one is 0."""
-    lengths = math.sqrt(sum(a * a)) * math.sqrt(sum(b * b))
-    return sum(a * b) / lengths if lengths else 0.0
+cosine = oracle.cosine  # that of Eq. (2); 0 if one vector is 0
 
 
 def average(values):
@@ -126,9 +122,13 @@ def test_compactness_and_separation_of_any_map_are_numpys(step):
     for b, i, j in np.ndindex(grid.shape):
         if grid[b, i, j] is not None:
             pixels[grid[b, i, j]].append(step.features.detach()[b, :, i, j].numpy())
-    unit = {c: [x / math.sqrt(sum(x * x)) for x in each] for c, each in pixels.items() if each}
-    direction = {c: sum(each) for c, each in unit.items()}
-    own = [average([cosine(x, direction[c]) for x in each]) for c, each in unit.items()]
+    unit = {
+        c: [x / math.sqrt(sum(x * x) + oracle.EPS**2) for x in each]
+        for c, each in pixels.items()
+        if each
+    }
+    direction = {c: sum(each) / len(each) for c, each in unit.items()}
+    own = [math.sqrt(sum(mean * mean)) for mean in direction.values()]
     apart = [1 - cosine(direction[a], direction[b]) for a, b in itertools.permutations(unit, 2)]
     assert counts.tolist() == [len(each) for each in pixels.values()]
     close(diagnostics.compactness(means, counts), average(own))
@@ -272,7 +272,7 @@ def every_number(step: Batch):
 def test_the_diagnostics_read_nothing_back(monkeypatch):
     step = example()
     # As on a device, where values of labels are masked and not read.
-    monkeypatch.setattr("mvsc.checks.check_label_values", lambda *args: None)
+    monkeypatch.setattr("mvsc.diagnostics.check_label_values", lambda *args: None)
     with NoHostReads():
         every_number(step)
     monkeypatch.undo()
@@ -285,7 +285,7 @@ def test_a_label_out_of_range_is_ignored_where_it_cannot_be_read(monkeypatch):
     ignored = step.labels.clone()
     ignored[0, 10:20], step.labels[0, 10:20] = IGNORE, 77
     expected = diagnostics.cell_means(step.features, ignored, 5)
-    monkeypatch.setattr("mvsc.checks.check_label_values", lambda *args: None)
+    monkeypatch.setattr("mvsc.diagnostics.check_label_values", lambda *args: None)
     assert_close(diagnostics.cell_means(step.features, step.labels, 5), expected)
 
 
@@ -436,7 +436,7 @@ AGES = torch.zeros(5, dtype=torch.int64)
         (
             lambda: diagnostics.centroid_heatmap(MAP[:, :4], V, 0),
             ValueError,
-            "features must have shape (batch, dim, height, width) with dim=6, the width of the "
+            "features must have shape (batch, dim, *spatial) with dim=6, the width of the "
             "centroids, got (2, 4, 4, 4).",
         ),
         (

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer, assert_in_sync, distributed, equations, sampling
-from mvsc.segment import segment_sum
+from mvsc.kernel import segment_sum
 
 CLASSES, DIM, GROUPS = 5, 4, 3
 STEPS = 20
@@ -331,9 +331,7 @@ def loss_of(model, reg, sums, counts):
             equations.alignment_loss(means, targets, present, reg.temperature),
             equations.centroid_pull_loss(reg.centroids, order),
             equations.centroid_classification_loss(
-                equations.enhance_centroids(reg.centroids, means),
-                present,
-                lambda vectors: vectors @ weight.T + bias,
+                equations.enhance_centroids(reg.centroids, means) @ weight.T + bias, present
             ),
         )
     )

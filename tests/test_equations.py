@@ -163,7 +163,7 @@ def test_classification_is_the_cross_entropy_of_each_present_centroid():
     present = torch.tensor([[True, False, True], [False, False, True]])
     log_softmax = (enhanced @ weight.T).log_softmax(-1)
     by_hand = -(log_softmax[0, 0, 0] + log_softmax[0, 2, 2] + log_softmax[1, 2, 2]) / 3
-    loss = centroid_classification_loss(enhanced, present, lambda v: v @ weight.T)
+    loss = centroid_classification_loss(enhanced @ weight.T, present)
     assert_close(loss, by_hand)
 
 
@@ -174,7 +174,7 @@ def test_nothing_present_gives_exactly_zero_with_zero_gradients(term):
     if term == "align":
         loss = alignment_loss(vectors, torch.randn(3, 4), nothing, 0.07)
     else:
-        loss = centroid_classification_loss(vectors, nothing, lambda v: v[:, :3])
+        loss = centroid_classification_loss(vectors[:, :, :3], nothing)
     loss.backward()
     assert loss.item() == 0
     assert_close(vectors.grad, torch.zeros(2, 3, 4), rtol=0, atol=0)
@@ -182,8 +182,8 @@ def test_nothing_present_gives_exactly_zero_with_zero_gradients(term):
 
 def test_what_the_classifier_answers_for_an_absent_cell_never_matters():
     present = torch.tensor([[True, False]])
-    logits = torch.tensor([[1.0, 1.0], [torch.inf, torch.nan]])
-    loss = centroid_classification_loss(torch.zeros(1, 2, 3), present, lambda v: logits)
+    logits = torch.tensor([[[1.0, 1.0], [torch.inf, torch.nan]]])
+    loss = centroid_classification_loss(logits, present)
     assert_close(loss.item(), math.log(2))
 
 
@@ -199,7 +199,7 @@ def test_a_nan_in_a_present_mean_stays_visible():
     means[0, 0, 0] = torch.nan
     assert alignment_loss(means, torch.randn(2, 3), ALL, 0.07).isnan()
     enhanced = enhance_centroids(torch.randn(1, 2, 3), means)
-    assert centroid_classification_loss(enhanced, ALL, lambda v: v[:, :2]).isnan()
+    assert centroid_classification_loss(enhanced[:, :, :2], ALL).isnan()
 
 
 def test_the_weights_are_in_the_order_of_the_terms():

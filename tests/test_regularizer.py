@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 from batches import IGNORE, Batch, NoHostReads, batches
 from mvsc import MVSCRegularizer, sampling
+from mvsc.classifier import classify_vectors
 
 
 def example(num_classes=5, dim=6, groups=3, dtype=torch.float32, **options):
@@ -219,7 +220,7 @@ def test_a_k_by_k_classifier_answers_as_inside_a_uniform_region(wide):
     inside = wide(uniform)
     height, width = inside.shape[2:]
     expected = inside[:, :, height // 2, width // 2]
-    assert_close(step.reg._classify(vectors, wide), expected)
+    assert_close(classify_vectors(wide, vectors, num_classes=5), expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "callable on maps", "callable to vectors", "subclass"])
@@ -530,9 +531,10 @@ def test_labels_made_in_inference_mode_are_welcome():
 def test_the_hot_path_reads_nothing_back(monkeypatch):
     # What a device would run after its first steps: values are masked and counted, not read.
     step = example()
-    monkeypatch.setattr("mvsc.checks.check_label_values", lambda *args: None)
+    monkeypatch.setattr("mvsc.watch.Watch.may_read", lambda self, labels: False)
     with NoHostReads():
-        step.loss().backward()
+        for _ in range(3):
+            step.loss().backward()
     monkeypatch.undo()
     with pytest.raises(AssertionError, match="would wait"), NoHostReads():
         step.loss()
@@ -593,7 +595,7 @@ class OnADevice(TorchFunctionMode):
 def test_labels_out_of_range_on_a_device_raise_at_first_and_are_masked_and_counted_later(
     monkeypatch,
 ):
-    monkeypatch.setattr("mvsc.regularizer._capturing", lambda device: False)
+    monkeypatch.setattr("mvsc.watch._capturing", lambda device: False)
     step = example(pull_weight=0.0)
     wrong = step.labels.clone()
     wrong[1, 3, :4] = 77
@@ -625,7 +627,7 @@ def test_the_forward_on_a_device_needs_no_value_and_no_tensor_of_the_host():
         for wrong in (features.sum().item, lambda: features + torch.ones(5, device="cpu")):
             with pytest.raises(Exception, match=r"data dependent|_local_scalar_dense|device"):
                 wrong()
-        step.reg._checks_left = 0  # as after the first steps
+        step.reg._watch.checks_left = 0  # as after the first steps
         assert step.loss().device.type == "cuda"
 
 
@@ -679,7 +681,7 @@ def run(forward, threads=1, steps=20):
 
 def test_the_same_seed_gives_the_same_run_on_one_and_two_threads():
     # To rounding only: how many threads share a matrix product is torch's to say, and on some
-    # processors it changes the last bit. What is ours is bitwise, see test_segment.py.
+    # processors it changes the last bit. What is ours is bitwise, see test_kernel.py.
     assert_close(run(lambda reg: reg, 2), run(lambda reg: reg, 1), rtol=1e-4, atol=1e-6)
 
 

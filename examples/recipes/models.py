@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvsc.finding import find_classifier
+import mvsc
 from recipes import Recipe
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,14 +78,9 @@ def logits_of(output: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor | None
 
 def features_of(segmenter: Segmenter, images: Tensor) -> Tensor:
     """Run the model, and return the features that enter its classifier: ``(batch, dim, h, w)``."""
-    found: list[Tensor] = []
-    classifier = segmenter.model.get_submodule(find_classifier(segmenter.model, None, None))
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    try:
+    with mvsc.attach(segmenter.model) as reg:
         segmenter.model(images)
-    finally:
-        handle.remove()
-    return found[0]
+        return reg.features
 
 
 def parameter_groups(segmenter: Segmenter, recipe: Recipe) -> list[dict[str, Any]]:

@@ -263,9 +263,6 @@ class Run:
         # At times the features of a forward are kept for diagnostics; always would cost memory.
         self.looking = False
         self.seen: dict[str, Tensor] = {}
-        if isinstance(self.regularizer, mvsc.MVSCRegularizer):
-            classifier = self.model.get_submodule(reg.classifier_path)
-            classifier.register_forward_pre_hook(self._look)
 
     def start(self) -> int:
         """Load the state that is there, if the run is to be resumed; return its step.
@@ -310,14 +307,10 @@ class Run:
             mininterval=1,
         )
 
-    def _look(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        if self.looking:
-            self.seen["features"] = inputs[0].detach()
-
     def count(self, terms: dict[str, Tensor], labels: Tensor) -> None:
         """Add up what is logged, on the device: nothing waits for it."""
-        if self.looking:
-            self.seen["labels"] = labels
+        if self.looking and isinstance(self.regularizer, mvsc.MVSCRegularizer):
+            self.seen = {"features": self.reg.features, "labels": labels}
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.counted += 1
@@ -328,7 +321,7 @@ class Run:
             name: self.accelerator.reduce(total / self.counted, "mean").item()
             for name, total in self.sums.items()
         }
-        if "features" in self.seen:
+        if self.seen:
             line |= {name: value.item() for name, value in self._diagnose(**self.seen).items()}
         self.looking, self.seen = False, {}
         line["lr"] = self.parts["schedule"].get_last_lr()[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mvsc import checks
+from mvsc.equations import divide
 
 
 def segment_mean(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
@@ -18,10 +19,10 @@ def segment_mean(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tenso
     The mean of Eq. (1), section 3.2, on its own: a cell there is a (group, class) pair.
 
     Args:
-        features: dense feature map, shape ``(batch, dim, height, width)``, any floating dtype;
-            contiguous and channels_last maps are both read in place (a GPU copies some images of a
-            contiguous one at a time).
-        cells: the cell of each pixel, shape ``(batch, height, width)``, any integer dtype.
+        features: dense feature map, shape ``(batch, dim, *spatial)`` with one to three spatial
+            axes, any floating dtype; contiguous and channels_last maps are both read in place (a
+            GPU copies some images of a contiguous one at a time).
+        cells: the cell of each pixel, shape ``(batch, *spatial)``, any integer dtype.
             ``num_cells`` itself is the spare cell of pixels that do not count: whatever
             they hold, NaN included, never matters.
         num_cells: number of cells, at least 1.
@@ -42,17 +43,39 @@ def segment_mean(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tenso
         >>> means.flatten().tolist(), counts.tolist()
         ([2.0, 5.0, 0.0], [2, 1, 0])
     """
-    checks.check_cells(features, cells, num_cells)
+    _check_cells(features, cells, num_cells)
     sums, counts = segment_sum(features, cells.long(), num_cells)
     return divide(sums, counts), counts
 
 
-def divide(sums: Tensor, counts: Tensor) -> Tensor:
-    """Turn sums into means; an empty cell stays 0.
-
-    The divisor is clamped because ``where(counts > 0, sums / counts, 0)`` has a NaN gradient.
-    """
-    return sums / counts.clamp_min(1).unsqueeze(-1)
+def _check_cells(features: object, cells: object, num_cells: int) -> None:
+    """Raise unless the arguments of ``segment_mean`` fit each other."""
+    checks.check_positive_int("num_cells", num_cells)
+    features = checks.check_feature_map(features)
+    if not isinstance(cells, Tensor) or not checks.is_integer(cells):
+        raise TypeError(
+            f"cells must be an integer tensor, got {checks.kind(cells)}. Use cells.long()."
+        )
+    expected = (features.shape[0], *features.shape[2:])
+    if cells.shape != expected:
+        raise ValueError(
+            f"cells must have the shape (batch, *spatial) of the features, {expected}, "
+            f"got {tuple(cells.shape)}. Bring them to the feature grid first."
+        )
+    if cells.device != features.device:
+        raise ValueError(
+            f"cells must be on the device of the features, {features.device}, "
+            f"got {cells.device}. Use cells.to({str(features.device)!r})."
+        )
+    # Only where it costs no transfer: on a device a bad cell is the kernel's own error.
+    if cells.device.type == "cpu" and cells.numel() and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in cells.long().aminmax())
+        if low < 0 or high > num_cells:
+            raise ValueError(
+                f"cells must be in 0 .. {num_cells} with num_cells={num_cells} as the spare "
+                f"cell, got values from {low} to {high}. "
+                f"Put pixels that do not count into cell {num_cells}."
+            )
 
 
 def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +83,8 @@ def segment_sum(features: Tensor, cells: Tensor, num_cells: int) -> tuple[Tensor
 
     Inputs are trusted and ``cells`` are int64. Nothing but ``cells`` is kept for backward.
     """
+    # One axis of pixels, whatever the map is: a view in every layout that is read in place.
+    features, cells = features.flatten(2), cells.flatten(1)
     # The spare cell is cut off here, so whatever was summed there goes no further.
     sums = _Sum.apply(features, cells, num_cells + 1)[:num_cells]
     # Counts are integers: float32 loses units above 2^24, float16 above 2048.
@@ -100,7 +125,7 @@ _LONGEST_SUM = 2**16
 
 @torch.library.custom_op("mvsc::segment_sum", mutates_args=())
 def _sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    """Sum the pixels of each cell: ``(B, D, h, w)`` and ``(B, h, w)`` to ``(num_cells, D)``."""
+    """Sum the pixels of each cell: ``(B, D, N)`` and ``(B, N)`` to ``(num_cells, D)``."""
     if features.is_cuda and not torch.are_deterministic_algorithms_enabled():
         return _scatter_sum(features, cells, num_cells)
     return _index_add_sum(features, cells, num_cells)
@@ -125,11 +150,11 @@ def _index_add_sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 def _blocks(features: Tensor, cells: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut the map into blocks of pixels, ``(pixels, D)`` if channels_last, else ``(D, pixels)``."""
     if _is_channels_last(features):
-        rows = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        rows = features.transpose(1, 2).reshape(-1, features.shape[1])
         pixels = torch.split(rows, _BLOCK), torch.split(cells.flatten(), _BLOCK)
         yield from zip(*pixels, strict=True)
         return
-    for image, index in zip(features.flatten(2), cells.flatten(1), strict=True):
+    for image, index in zip(features, cells, strict=True):
         pixels = torch.split(image, _BLOCK, dim=1), torch.split(index, _BLOCK)
         yield from zip(*pixels, strict=True)
 
@@ -144,7 +169,7 @@ def _scatter_sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
     total = None
     parts = torch.split(features, images), torch.split(cells, images)
     for some, their_cells in zip(*parts, strict=True):
-        rows = some.permute(0, 2, 3, 1).reshape(-1, dim)
+        rows = some.transpose(1, 2).reshape(-1, dim)
         pixels = torch.split(rows, _LONGEST_SUM), torch.split(their_cells.flatten(), _LONGEST_SUM)
         for block, index in zip(*pixels, strict=True):
             each = index.unsqueeze(1).expand_as(block)
@@ -157,19 +182,18 @@ def _scatter_sum(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
 @torch.library.custom_op("mvsc::spread", mutates_args=())
 def _spread(table: Tensor, cells: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Give each pixel the row of its cell: ``(num_cells, D)`` to ``(B, D, h, w)``."""
-    batch, height, width = cells.shape
+    """Give each pixel the row of its cell: ``(num_cells, D)`` to ``(B, D, N)``."""
+    batch, pixels = cells.shape
     num_cells, dim = table.shape
     table = table.to(dtype)  # Rounded before it is spread: the table is the smaller one.
     if channels_last:
         rows = table.index_select(0, cells.flatten())
-        return rows.view(batch, height, width, dim).permute(0, 3, 1, 2)
+        return rows.view(batch, pixels, dim).transpose(1, 2)
     table = table.t().contiguous()
     # Gathering bfloat16 is ten times slower than gathering the same bits as integers.
     bits = table.view(torch.int16) if table.element_size() == 2 else table
-    index = cells.flatten(1).unsqueeze(1).expand(-1, dim, -1)
-    spread = bits.expand(batch, dim, num_cells).gather(2, index)
-    return spread.view(dtype).view(batch, dim, height, width)
+    index = cells.unsqueeze(1).expand(-1, dim, -1)
+    return bits.expand(batch, dim, num_cells).gather(2, index).view(dtype)
 
 
 def _sum_dtype(features: Tensor) -> torch.dtype:
@@ -187,11 +211,10 @@ def _(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
 @_spread.register_fake
 def _(table: Tensor, cells: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    batch, height, width = cells.shape
+    batch, pixels = cells.shape
     if channels_last:
-        rows = table.new_empty(batch, height, width, table.shape[1], dtype=dtype)
-        return rows.permute(0, 3, 1, 2)
-    return table.new_empty(batch, table.shape[1], height, width, dtype=dtype)
+        return table.new_empty(batch, pixels, table.shape[1], dtype=dtype).transpose(1, 2)
+    return table.new_empty(batch, table.shape[1], pixels, dtype=dtype)
 
 
 class _Sum(torch.autograd.Function):

@@ -1,0 +1,303 @@
+"""How to ask somebody else's classifier about a vector (reading R13).
+
+The classifier is the model's own last layer: a 1 x 1 map of a pixel, a wider convolution, a layer
+whose weight is computed or spread over processes, or any callable. It is asked so that nothing of
+the model notices: neither its hooks nor its buffers see the centroids.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from mvsc import checks
+
+Classifier = nn.Module | Callable[[Tensor], Tensor]
+
+PixelLinear = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+"""A layer that maps the features of each pixel, and with a wide kernel of its neighbours, too."""
+
+TRANSPOSED = (
+    "A transposed convolution gives the places of a pixel different logits, so no answer for a "
+    "pixel alone exists. Give the features that enter it an auxiliary 1x1 classifier with a "
+    "cross-entropy of its own, and pass both to MVSCRegularizer, as in "
+    "examples/integrations/monai_transposed_head.py."
+)
+
+_MIXING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the layer inside an adapter (LoRA), which stands for it; any other module itself."""
+    base = getattr(module, "base_layer", None)
+    return base if isinstance(base, nn.Module) else module
+
+
+def is_pixel_linear(module: nn.Module) -> bool:
+    """Return whether a module maps the features of each pixel linearly to logits.
+
+    A transposed convolution of kernel and stride 1 is a 1x1 convolution.
+    """
+    layer = base_of(module)
+    return isinstance(layer, PixelLinear) or (
+        isinstance(layer, _ConvTransposeNd) and not _spreads(layer)
+    )
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """Return how many features a layer for which :func:`is_pixel_linear` holds reads and gives."""
+    layer: Any = base_of(module)
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
+
+
+def reads_rows(classifier: object) -> bool:
+    """Return whether a classifier reads its features in the last axis, as an nn.Linear does."""
+    if isinstance(classifier, PixelLinear) or not isinstance(classifier, nn.Module):
+        return isinstance(classifier, nn.Linear)
+    kinds = [type(m) for m in classifier.modules() if isinstance(m, nn.Linear | _ConvNd)]
+    return bool(kinds) and all(issubclass(kind, nn.Linear) for kind in kinds)
+
+
+def is_sharded(module: object) -> bool:
+    """Return whether a module's weight is spread over processes (FSDP2, tensor parallel, ZeRO-3).
+
+    Its hooks gather the weight, and average its gradient, so it has to be called.
+    """
+    weight = getattr(module, "weight", None)
+    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+
+
+def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) -> None:
+    """Raise unless ``classifier`` can turn ``dim`` features into ``num_classes`` logits.
+
+    Args:
+        classifier: what came.
+        dim: D.
+        num_classes: C.
+        axes: number of spatial axes of the features.
+
+    Raises:
+        TypeError: if it is not callable.
+        ValueError: if its sizes do not fit, or it has no answer for a pixel alone.
+    """
+    if not callable(classifier):
+        raise TypeError(
+            "classifier must be the model's last layer, a convolution, a Linear or a callable, "
+            f"got {checks.describe(classifier)}. Pass for example model.decode_head.classifier."
+        )
+    if not isinstance(classifier, nn.Module):
+        return  # Its output is checked when it has been called.
+    for layer in classifier.modules():
+        if isinstance(layer, _ConvTransposeNd) and _spreads(layer):
+            raise ValueError(f"classifier must answer for each pixel alone. {TRANSPOSED}")
+        if isinstance(layer, _ConvNd) and len(layer.kernel_size) != axes:
+            places = " x ".join(["place"] * axes)
+            raise ValueError(
+                f"classifier must have as many spatial axes as the features, {axes}, got a "
+                f"{type(layer).__name__}. Pass the map as the classifier reads it, or a callable "
+                f"that maps vectors of shape (N, {dim}{', 1' * axes}) to logits, one {places}."
+            )
+    if not is_pixel_linear(classifier):
+        return
+    width, classes = widths(classifier)
+    if width != dim:
+        raise ValueError(
+            f"classifier must take dim={dim} features, got one that takes {width}. "
+            "Pass the layer that reads the features you pass."
+        )
+    if classes != num_classes and not _is_one_logit(classes, num_classes):
+        raise ValueError(_wrong_classes(num_classes, classes))
+    groups = getattr(base_of(classifier), "groups", 1)
+    if groups != 1:
+        raise ValueError(
+            f"classifier must read all features at once, got a {type(classifier).__name__} with "
+            f"groups={groups}. Pass a callable that maps (N, {dim}{', 1' * axes}) "
+            "to logits."
+        )
+
+
+def warn_of_what_mixes(classifier: object) -> bool:
+    """Warn if the classifier holds a dropout or a batch norm; return whether it did."""
+    if not isinstance(classifier, nn.Module):
+        return False
+    found = [
+        f"{name or type(module).__name__} ({type(module).__name__})"
+        for name, module in classifier.named_modules()
+        if isinstance(module, _MIXING)
+    ]
+    if found:
+        warnings.warn(
+            f"classifier contains {', '.join(found)}: a dropout would drop parts of the "
+            "centroids, and a batch norm would normalise them by their own statistics. "
+            "Pass the last linear layer alone.",
+            stacklevel=5,
+        )
+    return bool(found)
+
+
+def classify_vectors(
+    classifier: Classifier, vectors: Tensor, num_classes: int, axes: int = 2
+) -> Tensor:
+    """Ask the model's classifier for the class of each of N vectors (R13).
+
+    A convolution of any kernel answers as inside a uniform region. A classifier of a single logit
+    z stands for two classes with the logits (0, z).
+
+    Args:
+        classifier: see :meth:`mvsc.MVSCRegularizer.forward`.
+        vectors: shape ``(N, dim)``, floating.
+        num_classes: C.
+        axes: number of spatial axes of the map that the classifier reads.
+
+    Returns:
+        Logits, shape ``(N, num_classes)``, in the dtype of the vectors.
+
+    Raises:
+        TypeError: if it does not return a tensor.
+        ValueError: if it does not return a logit for each vector and class.
+
+    Example:
+        >>> conv = nn.Conv2d(8, 3, 3, padding=1)
+        >>> classify_vectors(conv, torch.randn(5, 8), num_classes=3).shape
+        torch.Size([5, 3])
+    """
+    if _is_plain(classifier):
+        weight = classifier.weight
+        # A wide kernel is summed: the convolution itself would pad the vector with zeros and
+        # leave only the centre tap.
+        weight = weight.flatten(2).sum(dim=2) if weight.ndim > 2 else weight
+        logits = F.linear(vectors.to(weight.dtype), weight, classifier.bias)
+    else:
+        logits = _call(classifier, vectors, num_classes, axes)
+    logits = logits.reshape(len(vectors), -1).to(vectors.dtype)
+    if logits.shape[1] != num_classes:
+        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return logits
+
+
+def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) -> Tensor:
+    """Ask a classifier whose arithmetic is its own affair, by calling it."""
+    parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
+    inputs = vectors.to(dtype)
+    if not reads_rows(classifier):
+        inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *_reach(classifier, axes))
+    with _leaving_no_trace(classifier):
+        logits: Any = classifier(inputs)
+    if isinstance(logits, Tensor) and logits.ndim == inputs.ndim > 2 and inputs[0, 0].numel() > 1:
+        # The centre of the region, where no padding is seen.
+        for axis in range(2, logits.ndim):
+            logits = logits.narrow(axis, (logits.shape[axis] - 1) // 2, 1)
+    _check_logits(logits, len(vectors), num_classes, axes)
+    answer: Tensor = logits
+    return answer
+
+
+def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
+    """Return whether a classifier is a linear map whose weights can be used without calling it.
+
+    A subclass, or one whose forward was replaced, may do more. A weight that is no parameter is
+    what a hook or a property left there (pruning, weight_norm, spectral_norm), maybe long ago.
+    """
+    if not isinstance(classifier, PixelLinear):
+        return False
+    forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
+    # The compiler cannot ask an instance for its own forward.
+    own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
+    stored = {"weight", "bias"} <= classifier._parameters.keys()
+    return (
+        type(classifier).forward in forwards and not own and stored and not is_sharded(classifier)
+    )
+
+
+def _reach(classifier: Classifier, axes: int) -> list[int]:
+    """Return how many places a classifier looks at around a pixel, in each axis."""
+    reach = [1] * axes
+    for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
+        if isinstance(layer, _ConvNd):
+            sizes = zip(layer.kernel_size, layer.dilation, strict=True)
+            reach = [n + dilation * (k - 1) for n, (k, dilation) in zip(reach, sizes, strict=True)]
+    return reach
+
+
+@contextmanager
+def _leaving_no_trace(classifier: object) -> Iterator[None]:
+    """Keep hooks and buffers of a module from seeing what it is asked.
+
+    Observers of quantisation-aware training, the users' own hooks, the power iteration of
+    spectral_norm and running statistics would all learn from the centroids. What computes a
+    weight or gathers it is left in place.
+    """
+    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+    # The compiler can neither see hooks being taken off nor buffers being exchanged.
+    scripted = isinstance(classifier, torch.jit.ScriptModule)
+    if torch.compiler.is_compiling() or scripted or any(map(is_sharded, modules)):
+        yield
+        return
+    kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
+    for module in modules:
+        computed = isinstance(module, PixelLinear) and "weight" not in module._parameters
+        for name in _HOOKS[1:] if computed else _HOOKS:
+            vars(module)[name] = type(vars(module)[name])()
+        for name, buffer in module._buffers.items():
+            # Exchanged, not written back: autograd may have saved the one or the other.
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _traces(module: nn.Module) -> dict[str, Any]:
+    """Return the hooks of a module, and what tensors a hook may have computed and left there."""
+    return {k: v for k, v in vars(module).items() if k in _HOOKS or isinstance(v, Tensor)}
+
+
+def _spreads(layer: _ConvNd) -> bool:
+    """Return whether a transposed convolution makes several places of one."""
+    return any(n != 1 for n in (*layer.kernel_size, *layer.stride))
+
+
+def _check_logits(logits: object, count: int, num_classes: int, axes: int) -> None:
+    """Raise unless a classifier's answer to ``count`` vectors has one logit for each class."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"classifier must return a tensor of logits, got {checks.describe(logits)}."
+        )
+    shape, ones = tuple(logits.shape), (1,) * axes
+    classes = shape[1] if len(shape) in (2, 2 + axes) and shape[0] == count else num_classes
+    if classes != num_classes and not _is_one_logit(classes, num_classes):
+        raise ValueError(_wrong_classes(num_classes, classes))
+    if shape not in ((count, classes), (count, classes, *ones)):
+        raise ValueError(
+            f"classifier must map ({count}, dim{', 1' * axes}) to {(count, num_classes, *ones)}, "
+            f"got {shape}. Pass the model's last linear layer alone, without upsampling."
+        )
+
+
+def _is_one_logit(classes: int, num_classes: int) -> bool:
+    return classes == 1 and num_classes == 2
+
+
+def _wrong_classes(num_classes: int, got: int) -> str:
+    if got == 1:
+        return (
+            f"classifier must return num_classes={num_classes} logits, got one, which stands for "
+            "two classes. Build MVSCRegularizer with num_classes=2."
+        )
+    return (
+        f"classifier must return num_classes={num_classes} logits, got {got}. "
+        f"Build MVSCRegularizer with num_classes={got} or pass the classifier of these classes."
+    )

@@ -1,0 +1,160 @@
+"""Label maps: what they must be, and for each other form that people have the line that mends it.
+
+Followed literally, each remedy ends in right labels; where the values do not tell what is right,
+it says so. Values are read on the way to an error, or where the device need not be waited for.
+"""
+
+import torch
+from torch import Tensor
+
+from mvsc.checks import describe, describe_sizes, is_integer
+
+
+def default_ignore_index(num_classes: int) -> int:
+    """Return the label that means unlabelled if nobody says so: 255, unless that is a class."""
+    return 255 if num_classes <= 255 else -100
+
+
+def check_labels(labels: object, features: Tensor | None = None, tokens: bool = False) -> Tensor:
+    """Raise unless ``labels`` is an integer class map, ``(batch, *spatial)``; return it.
+
+    With ``features``, ``(batch, dim, *spatial)``, it has to fit them. With ``tokens``, whose grid
+    is open, it may have more spatial axes than they have.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels must be an integer tensor of class indices, got {describe(labels)}. "
+            "Use torch.as_tensor(labels)."
+        )
+    axes = 2 if features is None else features.ndim - 2
+    fits = labels.ndim - 1 == axes or (tokens and labels.ndim in (3, 4) and is_integer(labels))
+    if not fits and (features is not None or not 2 <= labels.ndim <= 4):
+        expected = ["(batch, places)", "(batch, height, width)", "(batch, depth, height, width)"]
+        raise ValueError(
+            f"labels must have shape {expected[axes - 1]}, got {tuple(labels.shape)}. "
+            f"{_of_shape(labels, features, axes)}"
+        )
+    if not is_integer(labels):
+        raise TypeError(
+            f"labels must be an integer tensor of class indices, got {labels.dtype}. "
+            f"{_of_values(labels, 'labels')}"
+        )
+    if features is not None and labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"labels must have the batch size of the features, {features.shape[0]}, "
+            f"got {labels.shape[0]}. Pass the labels of the same images."
+        )
+    if 0 in labels.shape[1:]:
+        raise ValueError(
+            f"labels must have at least one place in each axis, got {tuple(labels.shape)}."
+        )
+    if features is not None and labels.device != features.device:
+        raise ValueError(
+            f"labels must be on the device of the features, {features.device}, "
+            f"got {labels.device}. Use labels.to({str(features.device)!r})."
+        )
+    return labels
+
+
+def out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Return the mask of labels that are neither a class nor ``ignore_index``."""
+    labels = labels.long()  # Before any comparison: uint8 == -100 is true for class 156.
+    return ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+
+
+def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise if a label is neither a class nor ``ignore_index``; reads values from the device."""
+    bad = out_of_range(labels, num_classes, ignore_index)
+    if not bool(bad.any()):
+        return
+    values, counts = torch.unique(labels.long()[bad], return_counts=True)
+    found = ", ".join(
+        f"{value} ({count} px)"
+        for value, count in zip(values[:5].tolist(), counts[:5].tolist(), strict=True)
+    )
+    more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
+    raise ValueError(
+        f"labels must be in 0 .. {num_classes - 1} or ignore_index={ignore_index}, "
+        f"got {found}{more}. The usual causes: class indices that start at 1 "
+        "(reduce_zero_label), a wrong num_classes, or unlabelled pixels under another number "
+        "(ignore_index)."
+    )
+
+
+def _of_shape(labels: Tensor, features: Tensor | None, axes: int) -> str:
+    """Say what to do with labels of another number of axes."""
+    shape = labels.shape
+    if labels.ndim == axes + 2:
+        for axis in (1, -1):
+            if shape[axis] == 1:
+                return _of_values(labels.squeeze(axis), f"labels.squeeze({axis})")
+        return _of_channels(labels)
+    if labels.ndim == axes and (features is None or features.shape[0] == 1):
+        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
+    if features is not None and labels.ndim == 2 and axes > 1:
+        size = tuple(features.shape[2:])
+        if shape[1] == features.shape[2:].numel():
+            return f"Use labels.unflatten(1, {size})."
+    if features is not None and labels.ndim - 1 > axes:
+        return (
+            f"The features have the spatial size {describe_sizes(features.shape[2:])}: pass them "
+            "unfolded, with the axes of the labels."
+        )
+    return "Pass one class index for each pixel."
+
+
+def _of_values(labels: Tensor, name: str) -> str:
+    """Say how labels of the right shape become integers that mean the same."""
+    if is_integer(labels):
+        return f"Use {name}."
+    if labels.dtype == torch.bool or labels.is_complex() or labels.is_meta or not labels.numel():
+        return f"Use {name}.long()."
+    if bool((labels == labels.round()).all()):
+        return f"Use {name}.long()."
+    scaled = 255 * labels
+    if (
+        labels.min() >= 0
+        and labels.max() <= 1
+        and bool(((scaled - scaled.round()).abs() < 1e-3).all())
+    ):
+        return (
+            f"Use ({name} * 255).round().long(): ToTensor has divided them by 255. "
+            "pil_to_tensor, or v2.PILToTensor, does not."
+        )
+    if labels.min() >= 0 and labels.max() <= 1:
+        return (
+            f"For probabilities of the second of two classes use ({name} > 0.5).long(). "
+            "Else pass one class index for each pixel."
+        )
+    return "They hold fractions, so they are no class indices. Pass one index for each pixel."
+
+
+def _of_channels(labels: Tensor) -> str:
+    """Say what to do with a channel for each class, first or last, with one class or several."""
+    if labels.is_meta or not labels.numel():
+        return "Pass one class index for each pixel."
+    values = labels.double()
+    if values.min() < 0 or values.max() > 1:
+        return (
+            "They are neither indices nor one-hot; colours have to be mapped to class indices. "
+            "Pass one class index for each pixel."
+        )
+    sums = {axis: values.sum(axis) for axis in (1, -1)}
+    whole = [axis for axis, each in sums.items() if bool(((each - 1).abs() < 1e-3).all())]
+    name = "labels.long()" if labels.dtype == torch.bool else "labels"
+    if len(whole) == 2:
+        return (
+            f"For one-hot labels use {name}.argmax(1) if the classes come second, "
+            f"{name}.argmax(-1) if they come last: both can be here."
+        )
+    if len(whole) == 1:
+        word = "soft or one-hot labels" if labels.is_floating_point() else "one-hot labels"
+        return f"For {word} use {name}.argmax({whole[0]})."
+    marked = (values > 0.5).sum(1)
+    none, several = int((marked == 0).sum()), int((marked > 1).sum())
+    return (
+        f"Read with a channel for each class, {none} pixels have no class and {several} have "
+        "several, and MVSC needs one. To leave these pixels out use marked = labels > 0.5 and "
+        "torch.where(marked.sum(1) == 1, marked.long().argmax(1), ignore_index) with the "
+        "ignore_index of the regularizer."
+    )

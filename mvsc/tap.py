@@ -1,0 +1,301 @@
+"""The tap: hooks that take the features of a forward, and the ledger of what was used.
+
+The features are taken where they enter the classifier, or the dropout before it (R14), and given
+out once. The ledger says why there are none: no forward, two of them, used up, replaced.
+"""
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.hooks import RemovableHandle
+
+from mvsc.classifier import reads_rows
+from mvsc.hosts import HOSTS
+
+NOT_ATTACHED = (
+    "This regularizer is attached to no model: it was detached, copied or unpickled. "
+    "Call mvsc.attach on the model that is trained."
+)
+_NO_FORWARD = (
+    "no forward ran since. Call the model first; if it, or another model of its class, was "
+    "compiled and called without a regularizer, its hooks do not run: attach before the first "
+    "call, call torch.compiler.reset(), or set "
+    "torch._dynamo.config.skip_nnmodule_hook_guards = False."
+)
+_EVALUATION = (
+    "the last forward ran in evaluation mode. Call model.train() before it; if the model is in "
+    "evaluation mode on purpose, as with frozen batch norm, put the classifier alone into training "
+    "mode: model.get_submodule({path!r}).train()."
+)
+_WITHOUT_GRADIENTS = (
+    "the last forward ran without gradients. Leave torch.no_grad() for it; if it is "
+    "checkpointed, set use_reentrant=False."
+)
+_USED_UP = (
+    "those of the last forward are used up. Call reg(labels) or reg.terms(labels) once for "
+    "each forward, and reg.total(terms) for the weighted sum. For two label maps of one forward, "
+    "as in MixUp, pass features and classifier to MVSCRegularizer, once for each map."
+)
+_TWO_FORWARDS = (
+    "The classifier ran more than once since the last loss, so it is open which features belong "
+    "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
+    "forward that has no loss of its own. If the model itself calls it more than once, pass the "
+    "features to MVSCRegularizer."
+)
+_NO_GRADIENT = (
+    "The features have no gradient, so the loss could not reach the encoder: all before the "
+    "classifier is frozen, or runs in a reentrant checkpoint. Unfreeze it, or set "
+    "use_reentrant=False."
+)
+_REPLACED = (
+    "The classifier was replaced since it was attached. Call detach() and attach again; if the new "
+    "one is more than a linear layer, pass features and classifier to MVSCRegularizer."
+)
+_CHANGED = (
+    "The features were changed in place after they were taken. Make the operation that follows "
+    "out of place (inplace=False), or pass the features to MVSCRegularizer yourself."
+)
+DATA_PARALLEL = (
+    "model must not be in nn.DataParallel: its replicas run in threads and share one tap. "
+    "Use DistributedDataParallel."
+)
+
+
+class Hook:
+    """A hook of mvsc on somebody's module, which does not go where the module is copied to.
+
+    A copy, or a pickle of the whole model, has a hook of the standard library in its place that
+    does nothing, so it is attached to nothing and can be loaded where there is no mvsc.
+
+    Args:
+        client: whose hook it is.
+        call: what is to be called.
+    """
+
+    def __init__(self, client: object, call: Callable[..., Any]) -> None:
+        self.client, self.call = client, call
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self.call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+class Tap:
+    """Hooks on a model that keep the features of its last forward until they are used.
+
+    A copy of the tap, made with a copy of the model, is attached to nothing: an EMA or teacher
+    model never writes into its student's tap, and no graph is ever copied.
+    """
+
+    model: Callable[[], nn.Module | None]
+    owner: Callable[[], object | None]
+
+    def __init__(self) -> None:
+        self.classifier: nn.Module | None = None
+        self.handles: list[RemovableHandle] = []
+        self.working = False
+        self.seen: Tensor | None = None
+        self.clear()
+
+    def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
+        return Tap, ()
+
+    def open(self, model: nn.Module, path: str, owner: object) -> None:
+        """Hook on to the classifier at ``path``; ``owner`` is who may use what comes out.
+
+        Raises:
+            ValueError: if somebody else is attached there.
+        """
+        entrance = _entrance(model, path)
+        module = model.get_submodule(entrance)
+        for hook in list(module._forward_pre_hooks.values()):
+            other = getattr(hook, "client", None)
+            if not isinstance(other, Tap) or other.classifier is None:
+                continue
+            if other.owner() is None:  # Nobody is left who could use or detach it.
+                other.close()
+            else:
+                raise ValueError(
+                    f"model must have one regularizer at a time, got one attached to {path!r} "
+                    "already. Call its detach() first."
+                )
+        for dropout in _dropouts_near(model, path, entrance):
+            before, after = Hook(self, self._before_dropout), Hook(self, self._after_dropout)
+            self.handles += [
+                dropout.register_forward_pre_hook(before, with_kwargs=True),
+                dropout.register_forward_hook(after),
+            ]
+        before = Hook(self, self._before_classifier)
+        self.handles += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self, self._before_model)),
+        ]
+        self.classifier = model.get_submodule(path)
+        self.model, self.owner, self.path = weakref.ref(model), weakref.ref(owner), path
+
+    def clear(self, missing: str = _NO_FORWARD) -> None:
+        """Forget what was taken; ``missing`` says why there is nothing."""
+        self.features: Tensor | None = None
+        self.version: int | None = None
+        self.forwards = 0
+        self.missing = missing
+        self.undropped: Tensor | None = None
+        self.dropped: Tensor | None = None
+
+    def close(self) -> None:
+        """Take every hook off the model."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.classifier, self.seen = [], None, None
+        self.clear()
+
+    def use(self, call: Callable[..., Any], labels: Tensor, **options: Any) -> Any:
+        """Return ``call(features, labels, classifier)``; the features are used up by it."""
+        features, classifier = self._take(), self.classifier
+        options["channels_last"] = reads_rows(classifier)
+        self.working = True  # The call may ask the classifier too: that is no forward.
+        try:
+            return call(features, labels, classifier, **options)
+        finally:
+            self.working = False
+
+    def look(self) -> Tensor:
+        """Return the features of the last forward, of whatever mode, detached, channels first.
+
+        Raises:
+            RuntimeError: if there was none since the model was attached.
+        """
+        if self.classifier is None:
+            raise RuntimeError(NOT_ATTACHED)
+        seen = self.seen if self.features is None else self.features.detach()
+        if seen is None:
+            raise RuntimeError(
+                "There are no features to look at: the model was not called since, or ran compiled "
+                "in evaluation mode. Call it first."
+            )
+        return seen.movedim(-1, 1) if reads_rows(self.classifier) else seen
+
+    def _take(self) -> Tensor:
+        features, version, forwards, missing = (
+            self.features,
+            self.version,
+            self.forwards,
+            self.missing,
+        )
+        self.clear(missing if features is None else _USED_UP)
+        if self.classifier is None:
+            raise RuntimeError(NOT_ATTACHED)
+        if not torch.compiler.is_compiling() and self.replaced():
+            raise RuntimeError(_REPLACED)
+        if forwards > 1:
+            raise RuntimeError(_TWO_FORWARDS)
+        if features is None:
+            raise RuntimeError(f"There are no features for this loss: {missing}")
+        if not features.requires_grad:
+            raise RuntimeError(_NO_GRADIENT)
+        if version is not None and features._version != version:
+            raise RuntimeError(_CHANGED)
+        if not torch.compiler.is_compiling():
+            self.seen = features.detach()
+        return features
+
+    def replaced(self) -> bool:
+        """Return whether another layer stands where the classifier was."""
+        model = self.model()
+        try:
+            return model is not None and model.get_submodule(self.path) is not self.classifier
+        except AttributeError:
+            return True
+
+    def listens(self, module: nn.Module) -> bool:
+        """Return whether a call of ``module`` is a part of a forward that is trained on.
+
+        If not, the ledger notes why.
+        """
+        if self.classifier is None or self.working:
+            return False
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(DATA_PARALLEL)
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return False  # A backward replays the forward: activation checkpointing.
+        training = self.classifier.training
+        if training and torch.is_grad_enabled():
+            return True
+        self.missing = _WITHOUT_GRADIENTS if training else _EVALUATION.format(path=self.path)
+        return False
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self.seen = None  # Not a map longer than it has to be.
+
+    def _before_dropout(self, module: _DropoutNd, args: tuple[Any, ...], kwargs: Any) -> None:
+        features = _first(args, kwargs)
+        # Of several in a row the first one counts.
+        if self.listens(module) and self.dropped is not features:
+            self.undropped = features.clone() if module.inplace else features
+
+    def _after_dropout(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.listens(module):
+            self.dropped = output
+
+    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        features = _first(args, kwargs)
+        if not self.listens(module):
+            if self.classifier is not None and not self.working and _is_plain_eager():
+                self.seen = features.detach()
+            return
+        # Whether a dropout near the classifier really precedes it shows here and only here.
+        if self.dropped is features and self.undropped is not None:
+            features = self.undropped
+        # Of two forwards neither is kept: a graph that nobody asks for would stay alive.
+        self.forwards = min(self.forwards + 1, 2)
+        self.features = features if self.forwards == 1 else None
+        # A compiled graph has no in-place operations and no versions.
+        self.version = None if torch.compiler.is_compiling() else features._version
+        self.undropped = self.dropped = None
+
+
+def _is_plain_eager() -> bool:
+    """Return whether tensors are what they seem: not compiled, traced, or replayed in backward."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return torch._C._current_graph_task_id() == -1
+
+
+def _entrance(model: nn.Module, path: str) -> str:
+    """Return where the features come in: the classifier, or the layer that pads in front of it.
+
+    The padding, by nothing for a 1x1 convolution, would hide that a dropout comes before.
+    """
+    parent = path.rpartition(".")[0]
+    pads = {name for host in HOSTS for name in host.pads}
+    return parent if type(model.get_submodule(parent)).__name__ in pads else path
+
+
+def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutNd]:
+    """Return the dropouts registered right before the classifier, and those beside its entrance.
+
+    Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
+    """
+    # PEFT's copy of a layer stands where the layer stood, which comes before it.
+    path, entrance = (each.partition(".modules_to_save.")[0] for each in (path, entrance))
+    modules = list(model.modules())
+    earlier = modules[: modules.index(model.get_submodule(path))]
+    leaves = [module for module in reversed(earlier) if not [*module.children()]]
+    before = takewhile(lambda module: isinstance(module, _DropoutNd | nn.Identity), leaves)
+    beside = model.get_submodule(entrance.rpartition(".")[0]).children()
+    return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    first: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first

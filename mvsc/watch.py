@@ -1,0 +1,163 @@
+"""What a training loop may get wrong without an error: noticed seldom, said once.
+
+Nothing here is a part of the loss. On the hot path nothing is read from the device: what autograd
+and Python know for nothing raises a suspicion, and only that is looked into, once.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvsc.checks import describe_sizes
+from mvsc.sampling import labels_on_grid
+
+_STEPS_CHECKED_ON_DEVICE = 3
+"""Steps in which labels on a device are read back and checked in full."""
+
+_STEPS_CHECKED_FOR_LOSS = 10
+"""Steps in which it is seen whether labels reach the feature grid at all."""
+
+_IDLE_STEPS = 100
+"""Steps without a change after which the centroids count as forgotten by the optimizer."""
+
+
+class Watch:
+    """The bookkeeping of one regularizer: what it has checked, suspected and said so far."""
+
+    def __init__(self) -> None:
+        self.checks_left = _STEPS_CHECKED_ON_DEVICE
+        self.loss_checks_left = _STEPS_CHECKED_FOR_LOSS
+        self.said: set[str] = set()
+        self.idle_steps, self.version_seen = 0, 0
+        self.values_seen: Tensor | None = None
+        self.version_at_backward: int | None = None
+
+    def forget_values(self) -> None:
+        """Begin anew: somebody other than an optimizer has set the values."""
+        self.idle_steps, self.version_at_backward, self.values_seen = 0, None, None
+
+    def may_read(self, labels: Tensor) -> bool:
+        """Return whether the labels of this step are to be read; on a device, three times."""
+        if labels.device.type == "cpu":
+            return True
+        if self.checks_left == 0 or _capturing(labels.device):
+            return False
+        self.checks_left -= 1
+        return True
+
+    def say(self, what: str, message: str) -> None:
+        """Warn, if this was not said before."""
+        if what not in self.said:
+            self.said.add(what)
+            warnings.warn(message, stacklevel=2)
+
+    def notice_sizes(self, features: tuple[int, ...], labels: tuple[int, ...]) -> None:
+        """Warn if no stride brings the labels to the features: the model has padded or cropped."""
+        if "sizes" not in self.said and not _have_a_stride(features, labels):
+            ratios = " and ".join(f"{b / a:.3g}" for a, b in zip(features, labels, strict=True))
+            self.say(
+                "sizes",
+                f"features of {describe_sizes(features)} and labels of {describe_sizes(labels)} "
+                f"have no common stride ({ratios}): a model that pads or crops inside would have "
+                "its labels stretched. Pad the labels as the model pads its images, "
+                "F.pad(labels, (0, right, 0, bottom), value=ignore_index), or crop them as it "
+                "crops. If it resizes its images, all is well.",
+            )
+
+    def notice_lost_labels(
+        self, labels: Tensor, size: torch.Size, num_classes: int, ignore_index: int
+    ) -> None:
+        """Warn if there are labels, and none of them is at the centre of a feature pixel.
+
+        Reads values, which have been read anyway to be checked.
+        """
+        self.loss_checks_left -= 1
+        labelled = labels.long() != ignore_index
+        if self.loss_checks_left < 0 or not bool(labelled.any()):
+            return
+        if bool((labels_on_grid(labels, size, num_classes, ignore_index) < num_classes).any()):
+            return
+        self.say(
+            "lost",
+            f"labels hold {int(labelled.sum())} labelled pixels, and none of "
+            f"them is at the centre of one of the {describe_sizes(size)} feature pixels of an "
+            'image, so nothing is learned from them. Use grid_label="commonest" for points and '
+            "strokes.",
+        )
+
+    def notice_idle_centroids(self, centroids: Tensor) -> None:
+        """Warn if no optimizer moves the centroids, though they have a gradient."""
+        # An optimizer changes the tensor, which autograd counts, and clears its gradient.
+        version = centroids._version
+        idle = centroids.grad is not None and version == self.version_seen
+        self.version_seen = version
+        self.idle_steps = self.idle_steps + 1 if idle else 0
+        if self.idle_steps < _IDLE_STEPS // 2 or "idle" in self.said:
+            self.values_seen = None
+        elif self.values_seen is None:
+            # A fused optimizer moves values that autograd does not count: compare them, once.
+            self.values_seen = centroids.detach().clone()
+        elif self.idle_steps >= _IDLE_STEPS and not _capturing(centroids.device):
+            if torch.equal(self.values_seen, centroids):
+                self.say(
+                    "idle",
+                    f"the centroids have a gradient but have not changed in {_IDLE_STEPS} steps: "
+                    "the optimizer does not know them. Add "
+                    "optimizer.add_param_group(reg.param_group()). (If it does, then gradients "
+                    "are accumulated for longer than that.)",
+                )
+            self.said.add("idle")
+            self.values_seen = None
+
+    def notice_kept_gradient(self, centroids: Tensor) -> Tensor:
+        """Return the centroids; a backward warns if it adds to a gradient that was used already.
+
+        That is what ``model.zero_grad()`` leaves behind, since the centroids are not the model's.
+        """
+        if "kept" in self.said or not torch.is_grad_enabled() or not centroids.requires_grad:
+            return centroids
+        view = centroids.view_as(centroids)
+
+        def before(_: Any) -> None:
+            version, before = centroids._version, self.version_at_backward
+            self.version_at_backward = version
+            moved = before is not None and version != before
+            if centroids.grad is None or not moved or _capturing(centroids.device):
+                return
+            # Set to zero in place, or kept: that takes a look.
+            if "kept" not in self.said and bool(centroids.grad.any()):
+                self.say(
+                    "kept",
+                    "the centroids still had the gradient of an earlier step when this one's was "
+                    "added, though an optimizer has moved them since: model.zero_grad() does not "
+                    "know them. Call optimizer.zero_grad(), or reg.zero_grad() beside "
+                    "model.zero_grad().",
+                )
+            self.said.add("kept")
+
+        view.register_hook(before)  # type: ignore[no-untyped-call]
+        return view
+
+
+def _have_a_stride(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
+    """Return whether sizes can be those of a map and its labels without padding in between.
+
+    So if each axis has an integer stride of its own, rounded up or down; or if one stride, of any
+    value, fits all axes to a pixel. Of a few pixels nothing can be said.
+    """
+    if min(features) < 8:
+        return True
+    pairs = [(min(pair), max(pair)) for pair in zip(features, labels, strict=True)]
+    if all(any(n in (m // s, -(-m // s)) for s in (m // n, -(-m // n))) for n, m in pairs):
+        return True
+    if any((a < b) != (features[0] < labels[0]) for a, b in zip(features, labels, strict=True)):
+        return False
+    lowest = max(m / (n + 1) for n, m in pairs)
+    highest = min(m / (n - 1) if n > 1 else float("inf") for n, m in pairs)
+    return lowest <= highest
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
