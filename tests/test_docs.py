@@ -123,6 +123,8 @@ def test_everything_public_is_described_and_on_the_api_page(module):
         assert f".. automodule:: {module.__name__}\n   :members:\n" in page
         for function in own:
             told = inspect.getdoc(function)
+            for name in re.findall(r"Arguments as in :func:`(\w+)`", told):
+                told += "\n" + inspect.getdoc(getattr(module, name))
             for argument in inspect.signature(function).parameters:
                 assert re.search(rf"^ +{argument}: ", told, re.MULTILINE), (function, argument)
             if inspect.signature(function).return_annotation is not None:
