@@ -18,18 +18,7 @@ from torchvision import tv_tensors
 import data
 import decoding
 import tiny_data
-
-MAKERS = {
-    "cocostuff10k": ("cocostuff10k", tiny_data.make_cocostuff10k),
-    "cocostuff10k of mmseg": ("cocostuff10k", tiny_data.make_cocostuff10k_mmseg),
-    "cocostuff164k": ("cocostuff164k", tiny_data.make_cocostuff164k),
-    "cocostuff164k of mmseg": (
-        "cocostuff164k",
-        lambda root: tiny_data.make_cocostuff164k(root, mmseg=True),
-    ),
-    "ade20k": ("ade20k", tiny_data.make_ade20k),
-    "folder": ("folder", tiny_data.make_folder),
-}
+from tiny_data import MAKERS
 
 
 @pytest.fixture(params=MAKERS)
@@ -45,6 +34,11 @@ def folder(tmp_path):
 
 def label_of(root, split="train", index=0, layout="folder"):
     return data.list_split(layout, root, split).pairs[index][1]
+
+
+def test_every_way_to_store_every_data_set_is_tried():
+    stored = [name for name, known in data.DATA_SETS.items() for _ in known.stored]
+    assert [layout for layout, _ in MAKERS.values()] == stored
 
 
 def test_every_layout_gives_images_and_class_indices(made):

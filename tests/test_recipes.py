@@ -375,14 +375,8 @@ def test_the_head_learns_faster_and_norm_layers_do_not_decay():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_on_a_data_set_in_its_layout(name, tmp_path):
-    make = {
-        "cocostuff10k": tiny_data.make_cocostuff10k,
-        "cocostuff164k": tiny_data.make_cocostuff164k,
-        "ade20k": tiny_data.make_ade20k,
-        "folder": tiny_data.make_folder,
-    }
     layout = RECIPES[name][1].layout
-    root = make[layout](tmp_path / "data")
+    root = tiny_data.MAKERS[layout][1](tmp_path / "data")
     small = "--steps 2 --batch-size 2 --crop 32 32 --scale 64 48 --workers 0 --cpu --no-pretrained"
     arguments = [name, "--data-root", str(root), "--out", str(tmp_path / "run"), *small.split()]
     recipe = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
@@ -536,11 +530,10 @@ import sys
 import time
 from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[1])
 import train as training
 from recipes import Recipe
 
-recipe, kept = Recipe.from_dict(json.loads(sys.argv[2])), []
+recipe, kept = Recipe.from_dict(json.loads(sys.argv[1])), []
 start = training.Run.start
 
 def start_late(run):
@@ -557,7 +550,7 @@ def regularize(model, recipe):
 training.train(recipe, regularize=regularize)
 rank = torch.distributed.get_rank()
 states = [part.state_dict() for part in kept]
-torch.save(states, Path(sys.argv[3]) / f"rank{rank}.pt")
+torch.save(states, Path(sys.argv[2]) / f"rank{rank}.pt")
 """
 
 
@@ -568,8 +561,10 @@ def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     recipe = tiny(folder, tmp_path / "run", accumulate=2, crop=(64, 64))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [*launch, script, SCRIPTS, json.dumps(recipe.to_dict()), tmp_path]
-    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    command = [*launch, script, json.dumps(recipe.to_dict()), tmp_path]
+    paths = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([str(part) for part in command], check=True, timeout=300, env=env)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_close(first, second, rtol=0, atol=0)
     assert_close(first[0], state_of(tmp_path / "run")["model"], rtol=0, atol=0)
@@ -797,3 +792,23 @@ def test_every_script_runs_from_any_folder(name, tmp_path):
     run = run_script(f"{name}.py", "--help", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "usage:" in run.stdout
+
+
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d "
+    "--rdzv-endpoint 127.0.0.1:0",
+    # On CPUs it starts several processes through MPI only.
+    "accelerate launch": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_recipe_is_trained_by_the_launchers_of_the_docs(folder, tmp_path, name):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", *LAUNCHERS[name].split(), SCRIPTS / "train.py"]
+    command += ["folder-segformer-lite0", *SMALL.split(), "--batch-size", 4, "--crop", 64, 64]
+    command += ["--data-root", folder, "--out", out]
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    assert {"best.safetensors", "last.pt", "scores.json"} <= {path.name for path in out.iterdir()}
