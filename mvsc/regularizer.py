@@ -17,7 +17,7 @@ from mvsc.classifier import (
     check_classifier,
     classify_vectors,
     reads_rows,
-    warn_of_what_mixes,
+    what_mixes,
 )
 from mvsc.equations import MVSCTerms
 from mvsc.kernel import segment_sum
@@ -470,8 +470,8 @@ class MVSCRegularizer(nn.Module):
             self._count_invalid(labels)
             return features, labels
         watch = self._watch
-        if "mixing" not in watch.said and warn_of_what_mixes(classifier):
-            watch.said.add("mixing")
+        if "mixing" not in watch.said and (mixing := what_mixes(classifier)):
+            watch.say("mixing", mixing)
         watch.notice_sizes(tuple(features.shape[2:]), tuple(labels.shape[1:]))
         if watch.may_read(labels):
             check_label_values(labels, self.num_classes, self.ignore_index)

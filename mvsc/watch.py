@@ -4,6 +4,7 @@ Nothing here is a part of the loss. On the hot path nothing is read from the dev
 and Python know for nothing raises a suspicion, and only that is looked into, once.
 """
 
+import sys
 import warnings
 from typing import Any
 
@@ -21,6 +22,14 @@ _STEPS_CHECKED_FOR_LOSS = 10
 
 _IDLE_STEPS = 100
 """Steps without a change after which the centroids count as forgotten by the optimizer."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of mvsc and torch that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("mvsc.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class Watch:
@@ -51,7 +60,20 @@ class Watch:
         """Warn, if this was not said before."""
         if what not in self.said:
             self.said.add(what)
-            warnings.warn(message, stacklevel=2)
+            warn(message)
+
+    def notice_padding(self, padded: tuple[int, ...], labels: tuple[int, ...]) -> None:
+        """Warn if labels were not padded as a model that crops its logits pads its images."""
+        if len(padded) != len(labels):
+            return  # an error comes
+        if any(a * labels[0] != b * padded[0] for a, b in zip(padded, labels, strict=True)):
+            self.say(
+                "sizes",
+                "the model pads its images and crops its logits, so labels of "
+                f"{describe_sizes(labels)} are stretched over images of {describe_sizes(padded)}. "
+                "Pad the labels with ignore_index to that size, in the same way: "
+                "F.pad(labels, (0, right, 0, bottom), value=ignore_index).",
+            )
 
     def notice_sizes(self, features: tuple[int, ...], labels: tuple[int, ...]) -> None:
         """Warn if no stride brings the labels to the features: the model has padded or cropped."""
