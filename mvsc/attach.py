@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from mvsc.finding import ClassifierNotFoundError, find_classifier, why_not_the_l
 from mvsc.hosts import HOSTS
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.tap import DATA_PARALLEL, Hook, Tap
+from mvsc.watch import warn
 
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach"]
 
@@ -112,7 +112,7 @@ class AttachedRegularizer(nn.Module):
         self.regularizer = regularizer
         self.classifier_path = path
         # The tap is no module: the model must not become a part of its own regularizer.
-        self._tap = Tap()
+        self._tap = Tap(regularizer._watch)
         self._tap.open(model, path, self)
         _FirstForward(self._tap).open(model)
         if add_to_loss:
@@ -278,11 +278,10 @@ class AddToLoss:
             return
         self.unlabelled += 1
         if self.unlabelled == _UNLABELLED_FORWARDS:
-            warnings.warn(
+            warn(
                 f"{_UNLABELLED_FORWARDS} forwards in training mode got no labels, so add_to_loss "
                 "had nothing to add. Pass labels to the model, or attach without add_to_loss and "
-                "add reg(labels) to the loss yourself.",
-                stacklevel=2,
+                "add reg(labels) to the loss yourself."
             )
 
 
@@ -319,11 +318,11 @@ class _FirstForward:
             return  # The tap has better words for that.
         for handle in self.handles:
             handle.remove()
-        if reason := why_not_the_logits(answer, output):
-            warnings.warn(
+        self.tap.padded, reason = why_not_the_logits(answer, output)
+        if reason:
+            warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "
-                f"for this loss: {reason}",
-                stacklevel=2,
+                f"for this loss: {reason}"
             )
 
 

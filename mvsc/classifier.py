@@ -5,7 +5,6 @@ whose weight is computed or spread over processes, or any callable. It is asked 
 the model notices: neither its hooks nor its buffers see the centroids.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -125,23 +124,21 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
         )
 
 
-def warn_of_what_mixes(classifier: object) -> bool:
-    """Warn if the classifier holds a dropout or a batch norm; return whether it did."""
-    if not isinstance(classifier, nn.Module):
-        return False
+def what_mixes(classifier: object) -> str:
+    """Say what a dropout or a batch norm inside the classifier does to the centroids, or ''."""
+    modules = classifier.named_modules() if isinstance(classifier, nn.Module) else ()
     found = [
         f"{name or type(module).__name__} ({type(module).__name__})"
-        for name, module in classifier.named_modules()
+        for name, module in modules
         if isinstance(module, _MIXING)
     ]
-    if found:
-        warnings.warn(
-            f"classifier contains {', '.join(found)}: a dropout would drop parts of the "
-            "centroids, and a batch norm would normalise them by their own statistics. "
-            "Pass the last linear layer alone.",
-            stacklevel=5,
-        )
-    return bool(found)
+    if not found:
+        return ""
+    return (
+        f"classifier contains {', '.join(found)}: a dropout would drop parts of the centroids, and "
+        "a batch norm would normalise them by their own statistics. Pass the last linear layer "
+        "alone."
+    )
 
 
 def classify_vectors(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from mvsc.checks import describe_sizes, on_grid
+from mvsc.checks import on_grid
 from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
 from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal
 
@@ -318,34 +318,33 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
 
 
-def why_not_the_logits(answer: Tensor, output: Any) -> str:
-    """Say why a classifier's answer is not what the model returns; '' if it is, or returns none.
+def why_not_the_logits(answer: Tensor, output: Any) -> tuple[tuple[int, ...] | None, str]:
+    """Say why a classifier's answer is not what the model returns.
 
     Args:
         answer: what left the classifier in a forward, in training mode or not.
         output: what left the model: a tensor, or tensors in lists and mappings.
 
     Returns:
-        '' also if no tensor in the output has the answer's batch, classes and axes.
+        ``(padded, reason)``. The size that the model pads its images to, if it crops its logits;
+        else None. And the reason, '' if there is none: the answer, resized, is what is returned,
+        or nothing that is returned has its batch, classes and axes.
     """
     pairs = []
     for logits in _tensors(output):
         answers, maps = _readings(answer, logits)
         pairs += [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
-    if not pairs or any(_alike(a, b) for a, b in pairs):
-        return ""
+    if not pairs or any(_distance(a, b) <= _SAME for a, b in pairs):
+        return None, ""
+    for a, b in pairs:
+        if _cropped(a, b) <= _SAME:
+            return tuple(_padded(a, b)), ""
+    if any(_alike(a, b) for a, b in pairs):
+        return None, ""
     a, b = pairs[0]
-    shapes = (
+    return None, (
         f"it gives {tuple(a.shape)} and the model returns {tuple(b.shape)}, which is not a resize "
-        "of that"
-    )
-    if any(_cropped(a, b) <= _ALIKE for a, b in pairs):
-        return (
-            f"{shapes}, but a crop: the model pads its images. Pad the labels in the same way with "
-            f"ignore_index, to {describe_sizes(_padded(a, b))}."
-        )
-    return (
-        f"{shapes}: a residual or a layer with weights follows. Name the last linear layer "
+        "of that: a residual or a layer with weights follows. Name the last linear layer "
         "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer."
     )
 

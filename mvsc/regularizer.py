@@ -17,7 +17,7 @@ from mvsc.classifier import (
     check_classifier,
     classify_vectors,
     reads_rows,
-    warn_of_what_mixes,
+    what_mixes,
 )
 from mvsc.equations import MVSCTerms
 from mvsc.kernel import segment_sum
@@ -342,8 +342,11 @@ class MVSCRegularizer(nn.Module):
         Returns:
             Means, counts and mask of the cells; with ``sync_means`` of all processes (R18).
         """
-        bring = commonest_on_grid if self.grid_label == "commonest" else labels_on_grid
-        grid = bring(labels, features.shape[2:], self.num_classes, self.ignore_index)
+        size = features.shape[2:]
+        if self.grid_label == "commonest":
+            grid = commonest_on_grid(labels, size, self.num_classes, self.ignore_index)
+        else:
+            grid = labels_on_grid(labels, size, self.num_classes, self.ignore_index)
         cells = self.split(grid, features)
         sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
         if self.sync_means:
@@ -426,7 +429,8 @@ class MVSCRegularizer(nn.Module):
         # Sums, norms and logits in float32, whatever the model around runs in.
         with _without_autocast(features.device.type):
             centroids = self._centroids(self._dtype(features))
-            align = pull = classify = features.new_zeros((), dtype=centroids.dtype)
+            if len(wanted) < len(MVSCTerms._fields):
+                align = pull = classify = features.new_zeros((), dtype=centroids.dtype)
             if "align" in wanted or "classify" in wanted:
                 cells = self.cell_means(features, labels)
             if "align" in wanted:
@@ -470,8 +474,8 @@ class MVSCRegularizer(nn.Module):
             self._count_invalid(labels)
             return features, labels
         watch = self._watch
-        if "mixing" not in watch.said and warn_of_what_mixes(classifier):
-            watch.said.add("mixing")
+        if "mixing" not in watch.said and (mixing := what_mixes(classifier)):
+            watch.say("mixing", mixing)
         watch.notice_sizes(tuple(features.shape[2:]), tuple(labels.shape[1:]))
         if watch.may_read(labels):
             check_label_values(labels, self.num_classes, self.ignore_index)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mvsc.classifier import reads_rows
 from mvsc.hosts import HOSTS
+from mvsc.watch import Watch
 
 NOT_ATTACHED = (
     "This regularizer is attached to no model: it was detached, copied or unpickled. "
@@ -99,11 +100,13 @@ class Tap:
     model: Callable[[], nn.Module | None]
     owner: Callable[[], object | None]
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
+        self.watch = watch or Watch()
         self.classifier: nn.Module | None = None
         self.handles: list[RemovableHandle] = []
         self.working = False
         self.seen: Tensor | None = None
+        self.padded: tuple[int, ...] | None = None
         self.clear()
 
     def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
@@ -161,6 +164,8 @@ class Tap:
     def use(self, call: Callable[..., Any], labels: Tensor, **options: Any) -> Any:
         """Return ``call(features, labels, classifier)``; the features are used up by it."""
         features, classifier = self._take(), self.classifier
+        if self.padded is not None and isinstance(labels, Tensor):
+            self.watch.notice_padding(self.padded, tuple(labels.shape[1:]))
         options["channels_last"] = reads_rows(classifier)
         self.working = True  # The call may ask the classifier too: that is no forward.
         try:

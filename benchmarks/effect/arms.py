@@ -23,7 +23,7 @@ from data import IGNORE, SegmentationData, check
 from judge import log_shares
 from mvsc.finding import find_classifier
 from recipes import Recipe
-from train import Attach, Criterion, attach, cross_entropy
+from train import Criterion, Regularize, cross_entropy, regularize
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def find(name: str) -> Arm:
 
 def ingredients(
     arm: Arm, recipe: Recipe, data: SegmentationData
-) -> tuple[Recipe, Criterion, Attach]:
+) -> tuple[Recipe, Criterion, Regularize]:
     """Return what train.train needs for an arm."""
     reg = replace(recipe.reg, **arm.reg)
     criterion = arm.criterion(arm.strength, data) if arm.criterion else cross_entropy
@@ -196,9 +196,9 @@ def ingredients(
     steps = round(recipe.steps * arm.strength) if arm.longer else recipe.steps
     recipe = replace(recipe, mvsc=arm.mvsc, reg=reg, steps=steps)
     if arm.rival is None and arm.variant is None:
-        return recipe, criterion, attach
+        return recipe, criterion, regularize
 
-    def attach_own(model: nn.Module, recipe: Recipe) -> Any:
+    def regularize_own(model: nn.Module, recipe: Recipe) -> Any:
         path = find_classifier(model, None, None)
         sizes = len(data.classes), model.get_submodule(path).in_channels
         # Its first weights must not move the random numbers that follow.
@@ -213,4 +213,4 @@ def ingredients(
                 made.log_shares = log_shares(class_pixels(data))
         return mvsc.AttachedRegularizer(model, path, made, add_to_loss=False)
 
-    return recipe, criterion, attach_own
+    return recipe, criterion, regularize_own

@@ -9,7 +9,7 @@ cell that is there is not run again, one that was killed goes on where it stoppe
 ``--part I N`` this process takes every N-th cell, so that several can share the work.
 
 Both runs of a pair have the same initial weights, order of the images and augmentation, since
-all of them depend on the seed alone (examples/loading.py).
+all of them depend on the seed alone (examples/recipes/loading.py).
 """
 
 import json
@@ -29,7 +29,7 @@ import tyro
 from torch import Tensor
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
+for folder in (HERE, HERE.parent, HERE.parents[1] / "examples" / "recipes"):
     sys.path.insert(0, str(folder))
 
 import arms  # noqa: E402
@@ -179,9 +179,9 @@ def run(settings: Settings, cell: str) -> None:
     )
     data = open_split("folder", root, "train")
     arm = arms.find(name)
-    recipe, criterion, attach = arms.ingredients(arm, recipe, data)
+    recipe, criterion, regularize = arms.ingredients(arm, recipe, data)
     before = sorted(recipe.folder.glob("last.pt"))
-    found = train(recipe, criterion, attach, judged(arms.class_pixels(data)))
+    found = train(recipe, criterion, regularize, judged(arms.class_pixels(data)))
     lines = [line for line in read_metrics(recipe.folder / "metrics.jsonl") if "loss" in line]
     result = {
         "cell": cell,
