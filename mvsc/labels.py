@@ -89,12 +89,12 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int) -> str:
             if shape[axis] == 1:
                 return _of_values(labels.squeeze(axis), f"labels.squeeze({axis})")
         return _of_channels(labels)
-    if labels.ndim == axes and (features is None or features.shape[0] == 1):
-        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if features is not None and labels.ndim == 2 and axes > 1:
         size = tuple(features.shape[2:])
-        if shape[1] == features.shape[2:].numel():
+        if shape == (features.shape[0], features.shape[2:].numel()):
             return f"Use labels.unflatten(1, {size})."
+    if labels.ndim == axes and (features is None or features.shape[0] == 1):
+        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if features is not None and labels.ndim - 1 > axes:
         return (
             f"The features have the spatial size {describe_sizes(features.shape[2:])}: pass them "
@@ -111,11 +111,12 @@ def _of_values(labels: Tensor, name: str) -> str:
         return f"Use {name}.long()."
     if bool((labels == labels.round()).all()):
         return f"Use {name}.long()."
-    scaled = 255 * labels
+    scaled = 255 * labels.double()
+    near = 0.2 if labels.element_size() == 2 else 1e-3  # in half precision all is rounded
     if (
         labels.min() >= 0
         and labels.max() <= 1
-        and bool(((scaled - scaled.round()).abs() < 1e-3).all())
+        and bool(((scaled - scaled.round()).abs() < near).all())
     ):
         return (
             f"Use ({name} * 255).round().long(): ToTensor has divided them by 255. "
@@ -134,7 +135,7 @@ def _of_channels(labels: Tensor) -> str:
     if labels.is_meta or not labels.numel():
         return "Pass one class index for each pixel."
     values = labels.double()
-    if values.min() < 0 or values.max() > 1:
+    if not (values.min() >= 0 and values.max() <= 1):  # or not a number
         return (
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "
             "Pass one class index for each pixel."
