@@ -5,8 +5,9 @@
     python benchmarks/support_matrix.py --render        # only write the page again
 
 Models are built from their configuration with random weights; nothing is downloaded. The rows of
-a library go to `benchmarks/support_matrix/<library>.json`, and all files together make
-`docs/support_matrix.md`, so a library may live in an environment of its own. A row works only if
+a library take the place of its former ones in `benchmarks/support_matrix.jsonl`, and all together
+make `docs/support_matrix.md`, so a library may live in an environment of its own. A row works only
+if
 
 - attach and detach changed no key of the state dict and no bit of the output in evaluation;
 - the tapped features, sent through the picked classifier, gave the model's own logits, and came
@@ -34,7 +35,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach
 
-ROWS = Path(__file__).parent / "support_matrix"
+ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parents[1] / "docs" / "support_matrix.md"
 CLASSES = 13
 QUERIES = "examples/integrations/query_models.py"
@@ -43,7 +44,7 @@ LRASPP = "examples/integrations/torchvision_lraspp.py"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; a library's file holds a list of these."""
+    """One line of the table, and of the file that it is made from."""
 
     library: str
     version: str
@@ -364,11 +365,22 @@ LIBRARIES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
+def read_rows() -> list[Row]:
+    """Read the kept rows, library by library."""
+    return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()]
+
+
+def keep(library: str, rows: list[Row]) -> None:
+    """Put the rows of a library in the place of its former ones."""
+    others = [row for row in read_rows() if row.library != library]
+    # The sort keeps the order within a library.
+    ordered = sorted(others + rows, key=lambda row: row.library)
+    ROWS.write_text("".join(json.dumps(asdict(row)) + "\n" for row in ordered))
+
+
 def render() -> None:
     """Write the page from the rows of every library."""
-    rows = [
-        Row(**row) for file in sorted(ROWS.glob("*.json")) for row in json.loads(file.read_text())
-    ]
+    rows = read_rows()
     works = sum(row.result == "works" for row in rows)
     lines = [
         "# Support matrix",
@@ -415,8 +427,7 @@ def main() -> None:
             for case in LIBRARIES[library]():
                 rows.append(examine(library, release, case))
                 print(library, case.model, rows[-1].result, rows[-1].path, flush=True)
-            text = json.dumps([asdict(row) for row in rows], indent=1)
-            (ROWS / f"{library}.json").write_text(text + "\n")
+            keep(library, rows)
     render()
 
 
