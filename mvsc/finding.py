@@ -372,7 +372,8 @@ def why_not_the_logits(
 def _tensors(output: Any) -> Iterator[Tensor]:
     """Go through all floating tensors of an output; scales stacked in the second axis, apart."""
     if isinstance(output, Tensor):
-        if output.is_floating_point() and not hasattr(output, "full_tensor"):
+        strided = output.layout == torch.strided and not output.is_nested
+        if output.is_floating_point() and strided and not hasattr(output, "full_tensor"):
             yield output.detach()
             if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
                 yield from output.detach().unbind(1)
