@@ -15,6 +15,26 @@ from mvsc import MVSCRegularizer, sampling
 
 IGNORE = 255
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+FORMS = [(axes, rows) for axes in (1, 2, 3) for rows in (False, True)]
+"""Spatial axes of a map, and whether a Linear reads it, channels last."""
+
+
+class Net(nn.Module):
+    """An encoder of two channels and a classifier, of a form; returns features and logits."""
+
+    def __init__(self, axes: int, rows: bool, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.rows, conv = rows, CONVOLUTIONS[axes - 1]
+        self.encoder = conv(2, dim, 3, padding=1)
+        self.classifier = nn.Linear(dim, num_classes) if rows else conv(dim, num_classes, 1)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(inputs).tanh()
+        features = features.movedim(1, -1) if self.rows else features
+        return features, self.classifier(features)
+
 
 def as_it_is(features: Any) -> Any:
     return features

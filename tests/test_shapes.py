@@ -14,12 +14,11 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from batches import IGNORE, Batch, check_by_oracle, relative_error
+from batches import CONVOLUTIONS, FORMS, IGNORE, Batch, Net, check_by_oracle, relative_error
 from mvsc import MVSCRegularizer, attach, diagnostics, segment_mean
 from mvsc.plotting import draw_classes, draw_heatmap, heatmaps
 
 CLASSES, DIM, GROUPS = 4, 3, 3
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def last_to_second(features):
@@ -191,24 +190,6 @@ def test_a_longer_padding_gives_the_same_means():
     assert_close(segment_mean(longer, padded, CLASSES), segment_mean(features, labels, CLASSES))
 
 
-class Net(nn.Module):
-    """An encoder and a classifier for any number of axes, in one of two layouts."""
-
-    def __init__(self, axes, rows):
-        super().__init__()
-        self.rows = rows
-        self.encoder = CONVOLUTIONS[axes - 1](2, DIM, 3, padding=1)
-        self.classifier = (
-            nn.Linear(DIM, CLASSES) if rows else CONVOLUTIONS[axes - 1](DIM, CLASSES, 1)
-        )
-
-    def forward(self, inputs):
-        features = self.encoder(inputs).tanh()
-        features = features.movedim(1, -1) if self.rows else features
-        return features, self.classifier(features)
-
-
-FORMS = [(axes, rows) for axes in (1, 2, 3) for rows in (False, True)]
 of_each_form = pytest.mark.parametrize(
     ("axes", "rows"), FORMS, ids=[f"{axes}-D{', rows' * rows}" for axes, rows in FORMS]
 )
@@ -223,7 +204,7 @@ def inputs_of(axes, label_size=None):
 
 @of_each_form
 def test_compiled_whole_the_numbers_are_the_eager_ones(axes, rows):
-    model, reg = Net(axes, rows), MVSCRegularizer(CLASSES, DIM, GROUPS)
+    model, reg = Net(axes, rows, DIM, CLASSES), MVSCRegularizer(CLASSES, DIM, GROUPS)
     inputs, labels = inputs_of(axes)
     torch.compiler.reset()
     results = []
@@ -250,7 +231,7 @@ def test_tokens_compile_with_their_grid_inferred():
 
 @of_each_form
 def test_under_autocast_the_loss_is_float32_and_nearly_the_same(axes, rows):
-    model, reg = Net(axes, rows), MVSCRegularizer(CLASSES, DIM, GROUPS)
+    model, reg = Net(axes, rows, DIM, CLASSES), MVSCRegularizer(CLASSES, DIM, GROUPS)
     inputs, labels = inputs_of(axes)
     with torch.autocast("cpu", torch.bfloat16):
         features, _ = model(inputs)
@@ -265,7 +246,7 @@ def test_under_autocast_the_loss_is_float32_and_nearly_the_same(axes, rows):
 @of_each_form
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(axes, rows, reentrant):
-    model, reg = Net(axes, rows), MVSCRegularizer(CLASSES, DIM, GROUPS)
+    model, reg = Net(axes, rows, DIM, CLASSES), MVSCRegularizer(CLASSES, DIM, GROUPS)
     inputs, labels = inputs_of(axes)
     results = []
     for within in (lambda f, *args: f(*args), partial(checkpoint, use_reentrant=reentrant)):
@@ -290,7 +271,7 @@ no_gradient_yet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Te
 )
 @no_gradient_yet
 def test_a_subclass_of_another_library_is_a_plain_tensor_here(axes, rows, compiled):
-    model, reg = Net(axes, rows), MVSCRegularizer(CLASSES, DIM, GROUPS)
+    model, reg = Net(axes, rows, DIM, CLASSES), MVSCRegularizer(CLASSES, DIM, GROUPS)
     inputs, labels = inputs_of(axes)
     results = []
     for wrap in (lambda t: t, lambda t: t.as_subclass(Remembering)):
@@ -309,7 +290,7 @@ def test_a_subclass_of_another_library_is_a_plain_tensor_here(axes, rows, compil
 @no_gradient_yet
 def test_tv_tensors_are_plain_tensors_here(compiled):
     tv_tensors = pytest.importorskip("torchvision.tv_tensors")
-    model, reg = Net(2, False), MVSCRegularizer(CLASSES, DIM, GROUPS)
+    model, reg = Net(2, False, DIM, CLASSES), MVSCRegularizer(CLASSES, DIM, GROUPS)
     inputs, labels = inputs_of(2)
     features, _ = model(inputs)
     expected = copy.deepcopy(reg)(features, labels, model.classifier)
@@ -326,7 +307,7 @@ def test_attach_trains_any_form(axes, rows):
         def forward(self, inputs):
             return super().forward(inputs)[1]
 
-    model = Segmenter(axes, rows)
+    model = Segmenter(axes, rows, DIM, CLASSES)
     inputs, labels = inputs_of(axes)
     reg = attach(model, example=inputs)
     assert reg.classifier_path == "classifier"
