@@ -72,6 +72,10 @@ def channels_second(output: Tensor) -> Tensor:
     return output.movedim(-1, 1)
 
 
+def first_of_stack(output: Tensor) -> Tensor:
+    return output if output.shape[1] == CLASSES else output[:, 0]
+
+
 def last(output: Any) -> Tensor:
     return output[-1] if isinstance(output, list | tuple) else output
 
@@ -180,6 +184,11 @@ def timm() -> Iterator[Case]:
         yield Case(f"{name} + own 1x1 head", partial(TimmSegmenter, name, **settings))
 
 
+def task_given() -> dict[str, Tensor]:
+    task = torch.ones(2, 77, dtype=torch.long)
+    return {"pixel_values": torch.randn(2, 3, 64, 64), "task_inputs": task}
+
+
 def transformers() -> Iterator[Case]:
     hf = importlib.import_module("transformers")
     stages = {"depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
@@ -247,7 +256,8 @@ def transformers() -> Iterator[Case]:
         ("EomtDinov3", "Universal", vit | {"num_blocks": 1}),
     ):
         note = f"classifies queries; recipe: `{QUERIES}`"
-        yield Case(name, build(name, task, **settings), refused=QUERIES, note=note)
+        given = {"OneFormer": task_given}.get(name)
+        yield Case(name, build(name, task, **settings), refused=QUERIES, note=note, inputs=given)
 
 
 def monai() -> Iterator[Case]:
@@ -365,11 +375,13 @@ def monai() -> Iterator[Case]:
         "DynUNet, deep supervision",
         partial(dynunet, deep_supervision=True, deep_supr_num=2),
         path="output_block.conv.conv",
+        logits=first_of_stack,
     )
     both(
         "DynUNet, deep supervision, residual blocks",
         partial(dynunet, deep_supervision=True, deep_supr_num=1, res_block=True),
         path="output_block.conv.conv",
+        logits=first_of_stack,
     )
     both(
         "VNet",

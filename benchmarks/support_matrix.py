@@ -139,8 +139,12 @@ def check_tap(
     classifier = model.get_submodule(reg.classifier_path)
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
     rates = [dropout.p for dropout in dropouts]
-    dropped: list[tuple[Tensor, _DropoutNd]] = []
+    dropped: list[tuple[Tensor, int, str]] = []
     handles = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        dropped.append((output, output._version, type(module).__name__))
+
     # As in evaluation, but the tap listens. A dropout in front of the classifier drops nothing and
     # shows by its output; at p = 0 it would hand on its very input.
     model.eval()
@@ -148,9 +152,7 @@ def check_tap(
     for dropout in dropouts:
         dropout.train()
         dropout.p = 1e-9
-        handles.append(
-            dropout.register_forward_hook(lambda m, _, output: dropped.append((output, m)))
-        )
+        handles.append(dropout.register_forward_hook(note))
     call(model, inputs)
     features = reg.features
     for dropout, rate in zip(dropouts, rates, strict=True):
@@ -160,7 +162,8 @@ def check_tap(
     reg.discard()
 
     read = as_read(features, classifier)
-    before = [(output, type(m).__name__) for output, m in dropped if same(output, read)]
+    # One that an activation has changed in place since does not feed the classifier itself.
+    before = [(o, name) for o, v, name in dropped if o._version == v and same(o, read)]
     taken = f"before {before[-1][1]}" if before else "classifier input"
     for output, name in before:
         require(output.data_ptr() != features.data_ptr(), f"the features are from after {name}")
