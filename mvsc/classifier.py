@@ -66,6 +66,12 @@ def reads_rows(classifier: object) -> bool:
     return bool(kinds) and all(issubclass(kind, nn.Linear) for kind in kinds)
 
 
+def reads_axes(classifier: object) -> int | None:
+    """Return how many spatial axes the convolutions of a module read; None if it has none."""
+    layers = classifier.modules() if isinstance(classifier, nn.Module) else ()
+    return next((len(m.kernel_size) for m in layers if isinstance(m, _ConvNd)), None)
+
+
 def is_sharded(module: object) -> bool:
     """Return whether a module's weight is spread over processes (FSDP2, tensor parallel, ZeRO-3).
 
@@ -100,11 +106,10 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
         if isinstance(layer, _ConvTransposeNd) and _spreads(layer):
             raise ValueError(f"classifier must answer for each pixel alone. {TRANSPOSED}")
         if isinstance(layer, _ConvNd) and len(layer.kernel_size) != axes:
-            places = " x ".join(["place"] * axes)
             raise ValueError(
                 f"classifier must have as many spatial axes as the features, {axes}, got a "
-                f"{type(layer).__name__}. Pass the map as the classifier reads it, or a callable "
-                f"that maps vectors of shape (N, {dim}{', 1' * axes}) to logits, one {places}."
+                f"{type(layer).__name__}. Pass the map as the classifier reads it: "
+                f"{_as_read(axes, len(layer.kernel_size))}."
             )
     if not is_pixel_linear(classifier):
         return
@@ -272,6 +277,19 @@ def _computing(hooks: dict[int, Any]) -> dict[int, Any]:
 def _traces(module: nn.Module) -> dict[str, Any]:
     """Return the hooks of a module, and what tensors a hook may have computed and left there."""
     return {k: v for k, v in vars(module).items() if k in _HOOKS or isinstance(v, Tensor)}
+
+
+def _as_read(axes: int, wanted: int) -> str:
+    """Say how features and labels of ``axes`` spatial axes become those of ``wanted``."""
+    if axes < wanted:
+        ones = ", None" * (wanted - axes)
+        return f"features[:, :{ones}] and labels[:{ones}]"
+    more = axes - wanted
+    order = (0, *range(2, 2 + more), 1, *range(2 + more, 2 + axes))
+    return (
+        f"features.permute{order}.flatten(0, {more}), slice by slice, and labels.flatten(0, "
+        f"{more}) of as many slices"
+    )
 
 
 def _spreads(layer: _ConvNd) -> bool:

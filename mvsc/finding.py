@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from mvsc.checks import on_grid
 from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
-from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal
+from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal, refused_whole
 
 logger = logging.getLogger("mvsc")
 
@@ -73,7 +73,8 @@ def find_classifier(
     elif refused is not None and refused.types:
         why = "not the last layer"
     if why:
-        raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
+        listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
+        raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
     if len(fit) != 1:
         why = f"one of {len(fit)} that could be it"
@@ -247,6 +248,11 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     wide = [name for name, layer in _linear_layers(model) if _width_given(layer) in classes]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
     reasons = {name: _difference(outputs.get(name, []), logits) for name in names}
+    refused = refusal(model)
+    for name in names:
+        # DETR's logits are those of its queries: proved, and yet no pixel's.
+        if refused and (name.split(".")[-1] in refused.modules or refused_whole(model)):
+            reasons[name] = reasons[name] or "not the last layer"
     rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
         if any(not _difference(outputs.get(path, []), part) for part in rivals):
@@ -386,7 +392,14 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _readings(answer: Tensor, logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid."""
+    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid.
+
+    Of two dates the logits may be stacked, or belong to the first half of the answer.
+    """
+    if logits.ndim == answer.ndim + 1 and answer.shape[0] == logits.shape[:2].numel():
+        logits = logits.flatten(0, 1)
+    elif logits.ndim == answer.ndim and answer.shape[0] == 2 * logits.shape[0]:
+        answer = answer[: logits.shape[0]]
     maps = [logits, logits.movedim(-1, 1)] if logits.ndim > 2 else []
     answers = [answer, answer.movedim(-1, 1)] if answer.ndim > 2 else []
     if answer.ndim == 3 and logits.ndim > 3:
@@ -468,9 +481,12 @@ def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
 
 
 def _not_found(
-    model: nn.Module, candidates: dict[str, str], refuted: Sequence[str] = ()
+    model: nn.Module, candidates: dict[str, str], refuted: Sequence[str] | None = None
 ) -> ClassifierNotFoundError:
-    """Build the error: the candidates, why none was taken, and what to write instead."""
+    """Build the error: the candidates, why none was taken, and what to write instead.
+
+    ``refuted`` are those that a forward spoke against, if there was one.
+    """
     modules = dict(model.named_modules())
     refused = refusal(model)
     lines = [f"No pixel classifier is certain in {type(model).__name__}. Candidates:"]
@@ -490,15 +506,15 @@ def _not_found(
     sensible = [
         path
         for path, reason in candidates.items()
-        if path not in refuted and not reason.startswith(aside)
+        if path not in (refuted or ()) and not reason.startswith(aside)
     ]
     path = sensible[0] if len(sensible) == 1 else "path.of.the.layer"
-    if sensible or not refuted:
+    if sensible or refuted is None:
         lines.append(
             "If one layer turns the features of each pixel into its logits, name it: "
             f'mvsc.attach(model, classifier="{path}").'
         )
-    if not refuted:
+    if refuted is None:
         lines.append(
             "Or let a forward find it: mvsc.attach(model, example=images), with a batch as the "
             "model takes it."

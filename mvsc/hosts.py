@@ -62,8 +62,13 @@ HOSTS = (
     ),
     Host("torchseg", segmenters=("SegmentationModel",), classifiers=("segmentation_head.0",)),
     Host("torchgeo", segmenters=("FCN",), classifiers=("last",)),
+    # Before FarSeg, which ChangeStarFarSeg ends with.
+    Host(
+        "torchgeo",
+        segmenters=("ChangeStar", "ChangeStarFarSeg"),
+        classifiers=("seg_classifier.0",),
+    ),
     Host("torchgeo", segmenters=("FarSeg",), classifiers=("decoder.classifier.0",)),
-    Host("torchgeo", segmenters=("ChangeStar",), classifiers=("seg_classifier.0",)),
     Host("torchgeo", segmenters=("BTC",), classifiers=("final_layer.0",)),
     Host("torchgeo", segmenters=("ChangeViT",), classifiers=("decoder.head",)),
     Host(
@@ -141,6 +146,10 @@ REFUSALS = (
             }
         ),
     ),
+    Refusal(
+        "SegGPT paints its answer in colours, so it has no classes and no classifier.",
+        types=frozenset({("transformers", "SegGptForImageSegmentation")}),
+    ),
 )
 
 ASIDE = {
@@ -161,13 +170,20 @@ ASIDE = {
 def refusal(model: nn.Module) -> Refusal | None:
     """Return what is known of a model that has no layer that classifies pixels, or None."""
     for path, module in model.named_modules():
-        types = {
-            (base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__
-        }
         for each in REFUSALS:
-            if path.split(".")[-1] in each.modules or types & each.types:
+            if path.split(".")[-1] in each.modules or _types(module) & each.types:
                 return each
     return None
+
+
+def refused_whole(model: nn.Module) -> bool:
+    """Return whether a model is refused for what it is itself, not for a part of it."""
+    return any(_types(model) & each.types for each in REFUSALS)
+
+
+def _types(module: nn.Module) -> set[tuple[str, str]]:
+    """Return library and name of a module's class and of its bases."""
+    return {(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__}
 
 
 def host_of(module: nn.Module) -> Host | None:

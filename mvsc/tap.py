@@ -4,6 +4,7 @@ The features are taken where they enter the classifier, or the dropout before it
 out once. The ledger says why there are none: no forward, two of them, used up, replaced.
 """
 
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -299,8 +300,9 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
     Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
     """
     # PEFT's copy of a layer stands where the layer stood, which comes before it.
-    path, entrance = (each.partition(".modules_to_save.")[0] for each in (path, entrance))
-    modules = list(model.modules())
+    path, entrance = (re.sub(r"\.modules_to_save\.[^.]+$", "", each) for each in (path, entrance))
+    # A dropout that several blocks share stands in each of them.
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     earlier = modules[: modules.index(model.get_submodule(path))]
     leaves = [module for module in reversed(earlier) if not [*module.children()]]
     before = takewhile(lambda module: isinstance(module, _DropoutNd | nn.Identity), leaves)

@@ -49,7 +49,7 @@ def test_labels_are_taken_at_the_exact_centre(sizes, ignore_index):
     labels = torch.randint(0, 5, (2, height, width))
     labels[0, 0, 0] = ignore_index
     grid = labels_on_grid(labels, (target_height, target_width), 5, ignore_index)
-    expected = oracle.labels_on_grid(labels.numpy(), target_height, target_width, 5, ignore_index)
+    expected = oracle.labels_on_grid(labels.numpy(), (target_height, target_width), 5, ignore_index)
     expected[expected == None] = 5  # noqa: E711
     assert_close(grid, torch.from_numpy(expected.astype(np.int64)))
 
