@@ -77,8 +77,9 @@ def is_sharded(module: object) -> bool:
 
     Its hooks gather the weight, and average its gradient, so it has to be called.
     """
-    weight = getattr(module, "weight", None)
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+    # Not module.weight: where spectral_norm computes it, to ask is a power iteration.
+    own = getattr(module, "_parameters", {}).values()
+    return any(hasattr(each, "full_tensor") or hasattr(each, "ds_id") for each in own)
 
 
 def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) -> None:
@@ -215,10 +216,13 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
     own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
-    stored = {"weight", "bias"} <= classifier._parameters.keys()
-    return (
-        type(classifier).forward in forwards and not own and stored and not is_sharded(classifier)
-    )
+    plain = type(classifier).forward in forwards and not own and _stores_weights(classifier)
+    return plain and not is_sharded(classifier)
+
+
+def _stores_weights(layer: nn.Module) -> bool:
+    """Return whether neither weight nor bias is what a hook or a property has computed."""
+    return {"weight", "bias"} <= layer._parameters.keys()
 
 
 def _reach(classifier: Classifier, axes: int) -> list[int]:
@@ -247,9 +251,11 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
         return
     kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
     for module in modules:
-        computed = isinstance(module, PixelLinear) and "weight" not in module._parameters
-        for name in _HOOKS[1:] if computed else _HOOKS:
-            vars(module)[name] = type(vars(module)[name])()
+        computed = isinstance(module, PixelLinear) and not _stores_weights(module)
+        for name in _HOOKS:
+            hooks = vars(module)[name]
+            kept_hooks = _computing(hooks) if computed and name == _HOOKS[0] else {}
+            vars(module)[name] = type(hooks)(kept_hooks)
         for name, buffer in module._buffers.items():
             # Exchanged, not written back: autograd may have saved the one or the other.
             module._buffers[name] = None if buffer is None else buffer.clone()
@@ -260,6 +266,12 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+def _computing(hooks: dict[int, Any]) -> dict[int, Any]:
+    """Return the hooks that compute a weight before each forward: torch's, or else maybe any."""
+    known = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils.")}
+    return known or hooks
 
 
 def _traces(module: nn.Module) -> dict[str, Any]:

@@ -23,6 +23,9 @@ _SAME = 1e-3
 _ALIKE = 0.3
 """The same for a forward in training, whose resize may be of another kind."""
 
+_STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
+"""Strides that models have."""
+
 _SINGLE = "gives one logit, which stands for two classes"
 
 _LISTED = 12
@@ -320,11 +323,13 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
         return f"gives {tuple(outputs[0].shape)}, the logits are {tuple(logits.shape)}"
     if any(_distance(a, b) <= _SAME for a, b in pairs):
         return ""
-    cropped = any(_cropped(a, b) <= _SAME for a, b in pairs)
+    cropped = any(_padded_by(a, b) is not None for a, b in pairs)
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
 
 
-def why_not_the_logits(answer: Tensor, output: Any) -> tuple[tuple[int, ...] | None, str]:
+def why_not_the_logits(
+    answer: Tensor, output: Any
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, str]:
     """Say why a classifier's answer is not what the model returns.
 
     Args:
@@ -332,20 +337,23 @@ def why_not_the_logits(answer: Tensor, output: Any) -> tuple[tuple[int, ...] | N
         output: what left the model: a tensor, or tensors in lists and mappings.
 
     Returns:
-        ``(padded, reason)``. The size that the model pads its images to, if it crops its logits;
-        else None. And the reason, '' if there is none: the answer, resized, is what is returned,
-        or nothing that is returned has its batch, classes and axes.
+        ``(padded, reason)``. The size that the model pads its images to and that of the logits,
+        if it crops these; else None. And the reason, '' if there is none: the answer, resized, is
+        what is returned, or nothing that is returned has its batch, classes and axes.
     """
     pairs = []
     for logits in _tensors(output):
         answers, maps = _readings(answer, logits)
         pairs += [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
-    if not pairs or any(_distance(a, b) <= _SAME for a, b in pairs):
+    # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
+    first = [(a[:1], b[:1]) for a, b in pairs]
+    if not pairs or any(_distance(a, b) <= _SAME for a, b in first):
         return None, ""
-    for a, b in pairs:
-        if _cropped(a, b) <= _SAME:
-            return tuple(_padded(a, b)), ""
-    if any(_alike(a, b) for a, b in pairs):
+    for a, b in first:
+        if (padded := _padded_by(a, b)) is not None:
+            return (padded, tuple(b.shape[2:])), ""
+    finite = all(bool(each.isfinite().all()) for each in first[0])
+    if not finite or any(_alike(a, b) for a, b in first):
         return None, ""
     a, b = pairs[0]
     return None, (
@@ -430,29 +438,33 @@ def _alike(answer: Tensor, logits: Tensor) -> bool:
     return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
 
 
-def _padded(answer: Tensor, logits: Tensor) -> list[int]:
-    """Return the size that the images were padded to: a whole stride, the same in all axes."""
-    sizes = list(zip(answer.shape[2:], logits.shape[2:], strict=True))
-    stride = max(-(-big // small) for small, big in sizes)
-    return [small * stride for small, _ in sizes]
+def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
+    """Return the size of an answer that was resized by a whole stride and cropped to the logits.
 
-
-def _cropped(answer: Tensor, logits: Tensor) -> float:
-    """Return the distance of an answer, resized by a whole stride and cropped, to the logits."""
+    None if it was not.
+    """
     if answer.ndim != logits.ndim:
-        return float("inf")
-    padded, size = _padded(answer, logits), logits.shape[2:]
-    if any(big < n for big, n in zip(padded, size, strict=True)) or tuple(padded) == tuple(size):
-        return float("inf")
-    distances = []
-    for way in _RESIZES[answer.ndim - 2]:
-        whole = F.interpolate(answer.double(), padded, **way)
-        for front in (lambda big, n: 0, lambda big, n: (big - n) // 2):
-            part = whole
-            for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
-                part = part.narrow(axis, front(big, n), n)
-            distances.append(_relative(part, logits.double()))
-    return min(distances)
+        return None
+    answer, logits, size = answer.double(), logits.double(), logits.shape[2:]
+    for stride in _strides(answer.shape[2:], size):
+        padded = tuple(stride * n for n in answer.shape[2:])
+        if padded == tuple(size):
+            continue
+        for way in _RESIZES[answer.ndim - 2]:
+            whole = F.interpolate(answer, padded, **way)
+            for share in (0, 2):  # padded at the end alone, or on both sides
+                part = whole
+                for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
+                    part = part.narrow(axis, (big - n) // share if share else 0, n)
+                if _relative(part, logits) <= _SAME:
+                    return padded
+    return None
+
+
+def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
+    """Return by how much an answer may have been enlarged, before it was cropped to logits."""
+    least = max(-(-big // small) for small, big in zip(answer, logits, strict=True))
+    return [least, *(n for n in _STRIDES if least < n <= 2 * least)]
 
 
 def _not_found(

@@ -67,7 +67,7 @@ def check_labels(
 def out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Return the mask of labels that are neither a class nor ``ignore_index``."""
     labels = labels.long()  # Before any comparison: uint8 == -100 is true for class 156.
-    return ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    return (labels.clamp(0, num_classes - 1) != labels) & (labels != ignore_index)
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -110,12 +110,12 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
             return _of_tokens(size[0], shape[1:], tokens)
     if labels.ndim == axes + 2 and not (_may_be_indices(labels) and 3 not in (shape[1], shape[-1])):
         return _of_channels(labels)
-    if labels.ndim == axes and (features is None or features.shape[0] == 1):
-        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if features is not None and labels.ndim == 2 < axes + 1 and shape[0] == features.shape[0]:
         grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
         sizes = grid or ("(height, width)" if axes == 2 else "(depth, height, width)")
         return _of_values(labels, f"labels.unflatten(1, {sizes})")
+    if labels.ndim == axes and (features is None or features.shape[0] == 1):
+        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if features is not None and labels.ndim == axes and shape[0] == features.shape[0]:
         return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."
     if features is not None and labels.ndim - 1 > axes:
@@ -147,11 +147,12 @@ def _of_values(labels: Tensor, name: str) -> str:
         return f"Use {name}.long()."
     if bool((labels == labels.round()).all()):
         return f"Use {name}.long()."
-    scaled = 255 * labels
+    scaled = 255 * labels.double()
+    near = 0.2 if labels.element_size() == 2 else 1e-3  # in half precision all is rounded
     if (
         labels.min() >= 0
         and labels.max() <= 1
-        and bool(((scaled - scaled.round()).abs() < 1e-3).all())
+        and bool(((scaled - scaled.round()).abs() < near).all())
     ):
         return (
             f"Use ({name} * 255).round().long(): ToTensor has divided them by 255. "
@@ -170,7 +171,7 @@ def _of_channels(labels: Tensor) -> str:
     if labels.is_meta or not labels.numel():
         return "Pass one class index for each pixel."
     values = labels.double()
-    if values.min() < 0 or values.max() > 1:
+    if not (values.min() >= 0 and values.max() <= 1):  # or not a number
         return (
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "
             "Pass one class index for each pixel."

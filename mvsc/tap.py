@@ -107,7 +107,7 @@ class Tap:
         self.handles: list[RemovableHandle] = []
         self.working = False
         self.seen: Tensor | None = None
-        self.padded: tuple[int, ...] | None = None
+        self.padded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self.clear()
 
     def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
@@ -166,7 +166,7 @@ class Tap:
         """Return ``call(features, labels, classifier)``; the features are used up by it."""
         features, classifier = self._take(), self.classifier
         if self.padded is not None and isinstance(labels, Tensor):
-            self.watch.notice_padding(self.padded, tuple(labels.shape[1:]))
+            self.watch.notice_padding(*self.padded, tuple(labels.shape[1:]))
         options["channels_last"] = reads_rows(classifier)
         self.working = True  # The call may ask the classifier too: that is no forward.
         try:

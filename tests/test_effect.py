@@ -1,7 +1,6 @@
 """The study of the effect: its arms train, its cells are kept, its tables are right."""
 
 import importlib
-import itertools
 import json
 import re
 import subprocess
@@ -14,19 +13,22 @@ from accelerate.state import AcceleratorState
 
 import mvsc
 import tiny_data
+from mvsc.regularizer import CellMeans
 
 pytest.importorskip("pytorch_metric_learning")
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "benchmarks" / "effect"
-for each in (ROOT / "examples", ROOT / "benchmarks", STUDY):
-    sys.path.insert(0, str(each))
 
 arms = importlib.import_module("arms")
+judge = importlib.import_module("judge")
+kept = importlib.import_module("kept")
 report = importlib.import_module("report")
 study = importlib.import_module("study")
+variants = importlib.import_module("variants")
 from data import open_split  # noqa: E402
 from models import build  # noqa: E402
 from recipes import Recipe  # noqa: E402
+from rivals import ClassMeans  # noqa: E402
 from test_recipes import press_ctrl_c  # noqa: E402
 from train import losses, read_metrics  # noqa: E402
 from weights import load_state  # noqa: E402
@@ -60,7 +62,7 @@ def test_every_arm_has_a_finite_loss_that_reaches_the_encoder(name, folder, batc
     found["loss"].backward()
     assert found["loss"].isfinite()
     assert all(p.grad.isfinite().all() for p in segmenter.model.parameters())
-    assert (name == "ce") == torch.isclose(found["loss"], plain, rtol=1e-6).item()
+    assert (name in ("ce", "longer")) == torch.isclose(found["loss"], plain, rtol=1e-6).item()
 
 
 def test_a_strength_follows_the_name():
@@ -114,7 +116,7 @@ def test_class_means_are_classified_as_by_hand():
     features = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 2.0]])[None, :, None]  # means (2,0), (0,2)
     classifier = torch.nn.Conv2d(2, 2, 1, bias=False)
     torch.nn.init.eye_(classifier.weight.data[:, :, 0, 0])
-    rival = arms.ClassMeans(2, 2, 1.0)
+    rival = ClassMeans(2, 2, 1.0)
     loss = rival.terms(features, torch.tensor([[[0, 0, 1]]]), classifier).rival
     torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
 
@@ -132,7 +134,7 @@ def draw(reg):
 def test_a_variant_that_changes_nothing_is_the_library(align_to):
     options = {"num_classes": 4, "dim": 6, "seed": 3, "align_to": align_to}
     found = []
-    for kind in (mvsc.MVSCRegularizer, arms.Variant):
+    for kind in (mvsc.MVSCRegularizer, variants.Variant):
         reg = kind(**options)
         batch = draw(reg)
         for _ in range(2):
@@ -140,38 +142,43 @@ def test_a_variant_that_changes_nothing_is_the_library(align_to):
         reg.total(terms).backward()
         found.append([*terms, batch[0].grad, reg.centroids.grad, batch[2].weight.grad, reg.step])
     for ours, library in zip(*found, strict=True):
-        torch.testing.assert_close(ours, library)
+        assert torch.equal(ours, library)
+
+
+def of_cells(counts, means=None):
+    """Make what Eq. (1) gives, of given counts."""
+    counts = torch.tensor(counts)
+    return CellMeans(means, counts, counts > 0)
 
 
 def test_a_cell_counts_as_its_pixels_do():
-    reg = arms.ByCount(num_classes=3, dim=2, groups=1)
-    counts = torch.tensor([[3.0, 1.0, 0.0]])
+    reg = variants.ByCount(num_classes=3, dim=2, groups=1)
     vectors = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 1.0], [9.0, 0.0, 0.0]]])
-    loss = reg.classify(vectors, counts, lambda v: v)
+    loss = reg.classify(vectors, of_cells([[3, 1, 0]]), lambda v: v)
     e = torch.tensor([2.0, 1.0]).exp()
     by_hand = (3 * ((e[0] + 2) / e[0]).log() + (e[1] + 2).log()) / 4
     torch.testing.assert_close(loss, by_hand)
 
 
 def test_absent_classes_are_classified_too():
-    reg = arms.AllClasses(num_classes=2, dim=2, groups=1)
+    reg = variants.AllClasses(num_classes=2, dim=2, groups=1)
     vectors = torch.tensor([[[2.0, 0.0], [3.0, 0.0]]])
-    loss = reg.classify(vectors, torch.tensor([[5, 0]]), lambda v: v)
+    loss = reg.classify(vectors, of_cells([[5, 0]]), lambda v: v)
     by_hand = (torch.log1p(torch.tensor(-2.0).exp()) + torch.log1p(torch.tensor(3.0).exp())) / 2
     torch.testing.assert_close(loss, by_hand)
 
 
 def test_groups_that_are_apart_cost_nothing():
-    reg = arms.Apart(num_classes=1, dim=3, groups=3)
+    reg = variants.Apart(num_classes=1, dim=3, groups=3)
     with torch.no_grad():
         reg.centroids.copy_(torch.tensor([2.0, 3.0, 0.5])[:, None, None] * torch.eye(3)[:, None])
-        assert reg.pull() == 0
+        assert reg.pull(reg.centroids) == 0
         reg.centroids[2] = reg.centroids[1]  # one pair of three is one
-        torch.testing.assert_close(reg.pull(), torch.tensor(1.0))
+        torch.testing.assert_close(reg.pull(reg.centroids), torch.tensor(1.0))
 
 
 def test_weights_fade_to_nothing():
-    reg = arms.Fading(num_classes=3, dim=2, groups=2)
+    reg = variants.Fading(num_classes=3, dim=2, groups=2)
     reg.steps = 4
     terms = mvsc.MVSCTerms(*torch.tensor([1.0, 2.0, 3.0]))
     whole = mvsc.MVSCRegularizer(3, 2, 2).total(terms)
@@ -181,39 +188,39 @@ def test_weights_fade_to_nothing():
 
 
 def test_slow_centroids_have_a_tenth_of_the_rate():
-    group = arms.Slow(num_classes=3, dim=2, groups=2).param_group(lr=0.5)
+    group = variants.Slow(num_classes=3, dim=2, groups=2).param_group(lr=0.5)
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.05, 0.0, 1)
 
 
 def test_the_memory_is_the_first_mean_and_then_follows():
-    reg = arms.Memory(num_classes=2, dim=1, groups=2)
+    reg = variants.Memory(num_classes=2, dim=1, groups=2)
     means = torch.tensor([[[4.0], [7.0]], [[1.0], [0.0]]], requires_grad=True)
-    enhanced = reg.enhanced(means, torch.tensor([[1, 0], [2, 0]]))
+    enhanced = reg.enhanced(of_cells([[1, 0], [2, 0]], means), reg.centroids)
     assert reg.memory.flatten().tolist() == [2.0, 0.0]
     assert enhanced.flatten().tolist() == [2.0, 0.0, 2.0, 0.0]
     enhanced.sum().backward()
     assert means.grad.flatten().tolist() == [1.0] * 4
-    reg.enhanced(means * 0 + 7, torch.tensor([[0, 3], [1, 0]]))
+    reg.enhanced(of_cells([[0, 3], [1, 0]], means * 0 + 7), reg.centroids)
     assert reg.memory.flatten().tolist() == [2.5, 7.0]
-    copy = arms.Memory(num_classes=2, dim=1, groups=2)
+    copy = variants.Memory(num_classes=2, dim=1, groups=2)
     copy.load_state_dict(reg.state_dict())
     assert torch.equal(copy.memory, reg.memory)
     assert copy.seen.all()
 
 
 def test_a_margin_lowers_the_cosine_to_the_own_class():
-    reg = arms.Margin(num_classes=3, dim=2, groups=1, temperature=0.5)
+    reg = variants.Margin(num_classes=3, dim=2, groups=1, temperature=0.5)
     means = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])
-    targets = torch.tensor([[1.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
-    loss = reg.align(means, targets, torch.tensor([[True, True, False]]))
+    centroids = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [1.0, 1.0]]])
+    loss = reg.align(of_cells([[2, 1, 0]], means), centroids)
     e = torch.tensor([0.9, 0.6, 0.0, 0.7]).div(0.5).exp()
     by_hand = -((e[0] / (e[0] + e[1])).log() + (e[3] / (e[2] + e[3])).log()) / 2
     torch.testing.assert_close(loss, by_hand)
 
 
 def test_a_learned_temperature_begins_as_the_given_one_and_moves():
-    reg = arms.LearnedTemperature(num_classes=4, dim=6, temperature=0.2)
-    fixed = arms.Variant(num_classes=4, dim=6, temperature=0.2)
+    reg = variants.LearnedTemperature(num_classes=4, dim=6, temperature=0.2)
+    fixed = variants.Variant(num_classes=4, dim=6, temperature=0.2)
     optimizer = torch.optim.SGD([reg.param_group(lr=0.1)])
     terms = reg.terms(*draw(reg))
     torch.testing.assert_close(terms.align, fixed.terms(*draw(fixed)).align)
@@ -223,12 +230,12 @@ def test_a_learned_temperature_begins_as_the_given_one_and_moves():
 
 
 def test_whole_images_are_dealt_evenly_to_the_groups():
-    reg = arms.ByImage(num_classes=3, dim=2, groups=4)
+    reg = variants.ByImage(num_classes=3, dim=2, groups=4)
     label = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)
     seen = set()
     for step in range(5):
         reg.step.fill_(step)
-        cells = reg.split(torch.zeros(8, 2, 2, 4), label)
+        cells = reg.split(label, torch.zeros(8, 2, 2, 4))
         of_image = cells[:, 0, 0] // 3
         assert torch.equal(cells == 12, label == 3)
         assert torch.equal((cells % 3)[label < 3], label[label < 3])
@@ -239,23 +246,23 @@ def test_whole_images_are_dealt_evenly_to_the_groups():
 
 
 def test_the_hardest_pixels_of_a_class_come_first():
-    reg = arms.ByDifficulty(num_classes=2, dim=2, groups=2)
+    reg = variants.ByDifficulty(num_classes=2, dim=2, groups=2)
     with torch.no_grad():
         reg.centroids.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).expand(2, 2, 2))
     angle = torch.tensor([0.1, 3.0, 1.0, 0.2, 2.0, 0.5, 0.0])
     features = torch.stack([angle.cos(), angle.sin()])[None, :, None]
     grid = torch.tensor([[[0, 0, 0, 0, 1, 1, 2]]])
     # Angles from class 0: .1 and .2 are near, 1 and 3 far; from class 1: 2 is nearer than .5.
-    assert reg.split(features, grid).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
+    assert reg.split(grid, features).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
 
 
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
     label = torch.zeros(1, 40, dtype=torch.uint8)
     label[:, 20:] = 7
     label[:, 22] = 255
-    near = study.near_border(label)[0].nonzero().flatten().tolist()
-    assert near == [p for p in range(20 - study.BAND, 20 + study.BAND) if p != 22]
-    assert not study.near_border(torch.full((9, 9), 255, dtype=torch.uint8)).any()
+    near = judge.near_border(label)[0].nonzero().flatten().tolist()
+    assert near == [p for p in range(20 - judge.BAND, 20 + judge.BAND) if p != 22]
+    assert not judge.near_border(torch.full((9, 9), 255, dtype=torch.uint8)).any()
 
 
 def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
@@ -271,9 +278,9 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
         size=(32, 32),
     )
     study.run(settings, "short/segformer/mvsc/0")
-    path = tmp_path / "results" / "val" / "short" / "segformer" / "mvsc" / "seed0.json"
-    kept = json.loads(path.read_text())
-    assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(kept)
+    (run,) = kept.read(tmp_path / "results", "val")
+    assert run["cell"] == "short/segformer/mvsc/0"
+    assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(run)
     assert not any((tmp_path / "work" / "val").iterdir())
     monkeypatch.setattr(subprocess, "Popen", lambda command: pytest.fail("ran again"))
     study.main(settings)
@@ -291,8 +298,8 @@ def test_a_cell_is_a_process_of_its_own(folder, tmp_path):
         *("--size", "32", "32", "--hold-out"),
     ]
     subprocess.run(command, check=True)
-    path = tmp_path / "results" / "hold_out" / "short" / "segformer" / "ce" / "seed0.json"
-    assert json.loads(path.read_text())["steps"] == 1
+    (run,) = kept.read(tmp_path / "results", "hold_out")
+    assert (run["cell"], run["steps"]) == ("short/segformer/ce/0", 1)
     links = (tmp_path / "work" / "hold_out_data" / "images").glob("*/*")
     assert sorted(link.parent.name for link in links) == ["train"] * 4 + ["val"]
 
@@ -313,6 +320,46 @@ def test_ctrl_c_saves_the_cell_that_runs_and_starts_no_other(folder, tmp_path):
     assert [path.name for path in cell.parent.iterdir()] == [cell.name]
 
 
+def test_a_run_is_a_line_in_the_order_of_the_cells_and_replaces_its_own(tmp_path):
+    for cell, score in (("a/h/x/1", 1), ("b/h/x/0", 2), ("a/h/x/0", 3), ("a/g/x/0", 4)):
+        kept.add(tmp_path, "val", {"cell": cell, "mIoU": score})
+    kept.add(tmp_path, "val", {"cell": "a/h/x/1", "mIoU": 5})
+    kept.add(tmp_path, "hold_out", {"cell": "a/h/x/2"})
+    assert [run["mIoU"] for run in kept.read(tmp_path, "val")] == [4, 3, 5, 2]
+    assert kept.cells(tmp_path, "hold_out") == {"a/h/x/2"}
+    names = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert names == {"val-a.jsonl": 3, "val-b.jsonl": 1, "hold_out-a.jsonl": 1}
+
+
+ADD = """
+import sys
+from pathlib import Path
+import kept
+for seed in range(40):
+    kept.add(Path(sys.argv[1]), "val", {"cell": f"a/h/{sys.argv[2]}/{seed}"})
+"""
+
+
+def test_studies_that_finish_at_once_lose_no_run(tmp_path):
+    command = [sys.executable, "-c", ADD, str(tmp_path)]
+    both = [subprocess.Popen([*command, arm], cwd=STUDY) for arm in ("ce", "mvsc")]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(kept.cells(tmp_path, "val")) == 80
+
+
+def test_every_run_of_the_study_is_kept():
+    runs = {kind: kept.read(report.RESULTS, kind) for kind in ("val", "hold_out")}
+    # None may be lost when they are held in another way.
+    assert len(runs["val"]) >= 219
+    assert len(runs["hold_out"]) >= 35
+    for kind, found in runs.items():
+        assert len({run["cell"] for run in found}) == len(found)
+        for path in report.RESULTS.glob(f"{kind}-*.jsonl"):
+            of_file = map(json.loads, path.read_text("utf-8").splitlines())
+            schedules = {run["cell"].split("/")[0] for run in of_file}
+            assert schedules == {path.stem.removeprefix(f"{kind}-")} <= set(study.SCHEDULES)
+
+
 def test_intervals_are_students():
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert (mean, half) == pytest.approx((2.0, 4.3027 / 3**0.5), rel=1e-4)
@@ -321,14 +368,13 @@ def test_intervals_are_students():
 
 def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     def keep(arm, seed, miou, kind="val", device="a machine", schedule="short"):
-        path = tmp_path / kind / schedule / "segformer" / arm / f"seed{seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         log = {"step": [1, 2], "seconds_per_step": [0.5, 0.75]}
         log |= {"group_similarity": [0.1, 0.9]} if arm == "mvsc" else {}
         rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
         about = {"steps": 2, "batch_size": 8, "size": [160, 120], "peak_mib": 7.0}
         machine = {"device": device, "torch": "2"}
-        path.write_text(json.dumps({"mIoU": miou, "machine": machine, **rest, **about}))
+        about["cell"] = f"{schedule}/segformer/{arm}/{seed}"
+        kept.add(tmp_path, kind, {"mIoU": miou, "machine": machine, **rest, **about})
 
     for seed, (plain, ours) in enumerate([(10.0, 11.0), (20.0, 23.0)]):
         keep("ce", seed, plain)
@@ -388,38 +434,3 @@ def test_the_kept_tables_are_those_of_the_kept_scores():
     assert (report.RESULTS / "report.md").read_text("utf-8") == told
     told = report.overview(report.load(report.RESULTS))
     assert (report.RESULTS / "overview.md").read_text("utf-8") == told + "\n"
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_every_interval_in_the_prose_is_one_of_the_kept_scores(page):
-    measured = (report.RESULTS / "report.md").read_text("utf-8")
-    for cells in report.load(report.RESULTS).values():
-        for pair, name in itertools.product(itertools.permutations(cells, 2), report.SCORES):
-            measured += report.gain(report.paired(cells, *pair, name)) + "\n"
-    text = " ".join((ROOT / page).read_text("utf-8").replace("\N{MINUS SIGN}", "-").split())
-    bound = r"[+-]\d+\.\d+"
-    told = re.findall(rf"([+-]?\d\.\d+)(?: mIoU| mAcc| points)? (\[{bound}, {bound}\])", text)
-    assert told
-    for value, interval in told:
-        assert f"{value if value[0] in '+-' else '+' + value} {interval}" in measured
-
-
-@pytest.mark.parametrize("head", study.HEADS)
-def test_the_readme_has_the_numbers_that_were_kept(head):
-    cells = report.load(report.RESULTS)["short", head]
-    readme = (ROOT / "README.md").read_text("utf-8").replace("\N{MINUS SIGN}", "-")
-    for name in report.SCORES:
-        plain, ours = (
-            report.spread([cells[arm][seed][name] for seed in range(5)]) for arm in ("ce", "mvsc")
-        )
-        gains = [
-            report.gain([cells[arm][seed][name] - cells["ce"][seed][name] for seed in range(5)])
-            for arm in ("mvsc", "mvsc@4")
-        ]
-        assert f"| {plain} | {ours} | {gains[0]} | {gains[1]} |" in readme
-    large = report.load(report.RESULTS)["gpu", head]
-    for name in ("mIoU", "aAcc"):
-        runs = [[large[arm][seed][name] for seed in range(5)] for arm in ("ce", "mvsc")]
-        gain = report.gain([ours - plain for plain, ours in zip(*runs, strict=True)])
-        row = f"| {report.spread(runs[0])} | {report.spread(runs[1])} | {gain} |"
-        assert row in readme

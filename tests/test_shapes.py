@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import oracle
 from batches import CONVOLUTIONS, FORMS, IGNORE, Batch, Net, check_by_oracle, relative_error
 from mvsc import MVSCRegularizer, attach, diagnostics, segment_mean
-from mvsc.plotting import draw_classes, draw_heatmap, heatmaps
+from mvsc.plotting import draw_heatmap, heatmaps
 
 CLASSES, DIM, GROUPS = 4, 3, 3
 
@@ -371,7 +371,6 @@ def test_plotting_is_of_two_axes_and_says_so():
 
     ax, centroids = Figure().subplots(), torch.randn(GROUPS, CLASSES, DIM)
     image, volume = torch.rand(3, 8, 8), torch.randn(1, DIM, 5, 4, 4)
-    labels = torch.randint(0, CLASSES, (1, 5, 8, 8))
     with pytest.raises(ValueError, match=r"Draw a slice of a volume: features\[:, :, 2\]."):
         heatmaps(image, volume, centroids, [0])
     heatmaps(image, volume[:, :, 2], centroids, [0])
@@ -381,9 +380,6 @@ def test_plotting_is_of_two_axes_and_says_so():
     with pytest.raises(ValueError, match=r"and a slice of a volume: cosines\[0, 2\]."):
         draw_heatmap(ax, cosines)
     draw_heatmap(ax, cosines[0, 2])
-    with pytest.raises(ValueError, match=r"For a slice of a volume, labels\[2\]."):
-        draw_classes(ax, labels[0])
-    draw_classes(ax, labels[0][2])
 
 
 def maps(*shape):

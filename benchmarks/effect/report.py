@@ -15,6 +15,8 @@ from typing import Any
 
 from scipy.stats import t
 
+import kept
+
 RESULTS = Path(__file__).parent / "results"
 Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
@@ -24,9 +26,9 @@ SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mI
 def load(results: Path, kind: str = "val") -> dict[tuple[str, str], Cells]:
     """Read every cell: (schedule, head) -> arm -> seed -> scores."""
     found: dict[tuple[str, str], Cells] = defaultdict(lambda: defaultdict(dict))
-    for path in sorted((results / kind).glob("*/*/*/seed*.json")):
-        schedule, head, arm = path.parts[-4:-1]
-        found[schedule, head][arm][int(path.stem[4:])] = json.loads(path.read_text("utf-8"))
+    for run in kept.read(results, kind):
+        schedule, head, arm, seed = run["cell"].split("/")
+        found[schedule, head][arm][int(seed)] = run
     return {place: dict(cells) for place, cells in found.items()}
 
 
@@ -194,8 +196,8 @@ def heading(title: str, cells: Cells) -> list[str]:
 
 
 if __name__ == "__main__":
-    kept = RESULTS / "classes.json"
-    shares = json.loads(kept.read_text("utf-8")) if kept.exists() else None
+    classes = RESULTS / "classes.json"
+    shares = json.loads(classes.read_text("utf-8")) if classes.exists() else None
     texts = {"overview.md": overview(load(RESULTS)) + "\n", "report.md": report(RESULTS, shares)}
     for name, text in texts.items():
         print(text)
