@@ -5,8 +5,8 @@
     python benchmarks/support_matrix.py --render        # only write the page again
 
 Models (`support_cases.py`) are built from their configuration with random weights; nothing is
-downloaded. A run replaces the rows of its libraries in `benchmarks/results/support_matrix.jsonl`,
-one line a model, and writes `docs/support_matrix.md`, so a library may live in an environment of
+downloaded. A run replaces the rows of its libraries in `benchmarks/support_matrix.jsonl`, one line
+a model, and writes `docs/support_matrix.md`, so a library may live in an environment of
 its own. A row works only if
 
 - attach, or what its refusal says to write, took the right layer, and so did `example=`;
@@ -38,7 +38,7 @@ from mvsc.classifier import base_of, widths
 from mvsc.finding import find_classifier
 from support_cases import CLASSES, LIBRARIES, Case
 
-ROWS = Path(__file__).parent / "results" / "support_matrix.jsonl"
+ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parents[1] / "docs" / "support_matrix.md"
 NAMED = re.compile(r'mvsc\.attach\(model, classifier="(.+?)"\)')
 
@@ -234,20 +234,20 @@ def require(holds: bool, claim: str) -> None:
         raise AssertionError(claim)
 
 
-def read() -> list[Row]:
+def read_rows() -> list[Row]:
     return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()]
 
 
 def keep(library: str, rows: Iterable[Row]) -> None:
     """Put the rows of a library in the place of those that it had."""
-    others = [row for row in read() if row.library != library] if ROWS.exists() else []
+    others = [row for row in read_rows() if row.library != library]
     every = sorted([*others, *rows], key=lambda row: row.library)
     ROWS.write_text("".join(json.dumps(asdict(row)) + "\n" for row in every))
 
 
 def render() -> None:
     """Write the page from the rows of every library."""
-    rows = read()
+    rows = read_rows()
     refused = sum(row.result == "refused" for row in rows)
     told = sum(row.result not in ("works", "refused") for row in rows)
     libraries = dict.fromkeys(row.library for row in rows)
