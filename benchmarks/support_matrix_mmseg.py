@@ -1,6 +1,6 @@
 """The rows of MMSegmentation in the support matrix, which needs an environment of its own.
 
-    pip install -r examples/integrations/mmseg/requirements.txt mmdet==3.3.0
+    pip install -r examples/mmseg/requirements.txt mmdet==3.3.0    # mmdet for the mask classifiers
     python benchmarks/support_matrix_mmseg.py
 
 Each model is built from mmseg's own config with random weights and as many classes as the images
@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from mvsc.attach import attach
 from mvsc.integrations.mmseg import MVSCEncoderDecoder
-from support_matrix import CLASSES, QUERIES, Case, Row, examine, keep, require
+from support_cases import CLASSES, QUERIES, UNCERTAIN, Case
+from support_matrix import Row, examine, keep, require
 
 ADE = "4xb4-80k_ade20k-512x512"
-UNCERTAIN = "No pixel classifier is certain"
 
 
 def main_output(output: Any) -> Tensor:

@@ -179,9 +179,8 @@ def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
         return centroids[:0].sum()
     shuffled = centroids.index_select(0, order)
     halves = torch.split(shuffled, [groups // 2, groups - groups // 2])
-    half_a, half_b = (half.mean(dim=0) for half in halves)
-    cosines = (unit(half_a) * unit(half_b)).sum()
-    return torch.rsub(cosines, 1, alpha=1 / num_classes)
+    half_a, half_b = unit(torch.stack([half.mean(dim=0) for half in halves])).unbind()
+    return torch.rsub((half_a * half_b).sum(), 1, alpha=1 / num_classes)
 
 
 def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:

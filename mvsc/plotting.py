@@ -216,9 +216,11 @@ def _check_labels(labels: object, shape: tuple[int, ...]) -> None:
             "Use argmax over the classes for logits, or .long()."
         )
     if tuple(labels.shape) != shape:
+        middle = len(labels) // 2 if labels.ndim == 3 else None
+        of_volume = "" if middle is None else f" For a slice of a volume, labels[{middle}]."
         raise ValueError(
             f"labels must have shape {shape}, got {tuple(labels.shape)}. "
-            "Resize or index it to the image."
+            f"Resize or index it to the image.{of_volume}"
         )
 
 
@@ -232,7 +234,8 @@ def _check_cosines(cosines: object) -> None:
     if cosines.ndim != 2:
         raise ValueError(
             f"cosines must have shape (height, width), got {tuple(cosines.shape)}. "
-            "Index the image: cosines[0]."
+            f"Index the image{', and a slice of a volume' * (cosines.ndim == 4)}: cosines[0"
+            f"{f', {cosines.shape[1] // 2}' * (cosines.ndim == 4)}]."
         )
 
 
@@ -259,6 +262,15 @@ def _check_one_image(features: object) -> None:
         raise ValueError(
             "features must be those of one image, (1, dim, height, width), "
             f"got {tuple(features.shape)}. Index the batch: features[:1]."
+        )
+    if features.ndim != 4:
+        slices = features.shape[2]
+        remedy = "Unfold them: features.unflatten(2, (height, width))."
+        if features.ndim == 5:
+            remedy = f"Draw a slice of a volume: features[:, :, {slices // 2}]."
+        raise ValueError(
+            "features must have two spatial axes to be drawn, (1, dim, height, width), "
+            f"got {tuple(features.shape)}. {remedy}"
         )
 
 
