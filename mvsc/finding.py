@@ -64,7 +64,7 @@ def find_classifier(
         return _prove(model, path, example)
     if path is not None:
         return path
-    candidates = _candidates(model)
+    candidates = _candidates(model) if hosts else _outside_other_models(model, _candidates(model))
     why, refused = "", refusal(model)
     if len(hosts) > 1:
         why = f"in one of {len(hosts)} segmenters"
@@ -72,8 +72,6 @@ def find_classifier(
         why = f"not where {hosts[0][1].library} keeps a pixel classifier"
     elif refused is not None and refused.types:
         why = "not the last layer"
-    elif is_no_segmenter(model):
-        why = f"a part of {type(model).__name__}, which is no segmenter that classifies pixels"
     if why:
         listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
         raise _not_found(model, listed)
@@ -110,9 +108,11 @@ def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
 
 def _linear_inside(model: nn.Module, path: str) -> str:
     """Return the path of the only layer with parameters at or below ``path``, if linear."""
-    module = model.get_submodule(path.removesuffix(".base_layer"))
+    path = path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+    module, names = _through_adapter(model.get_submodule(path), path.split("."))
+    path = ".".join(names)
     if is_pixel_linear(module):
-        return path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+        return path
     if any(isinstance(layer, _ConvTransposeNd) for layer in module.modules()):
         raise ValueError(
             f"classifier must answer for each pixel alone, got {type(module).__name__} {path!r}. "
@@ -206,6 +206,18 @@ def _candidates(model: nn.Module) -> dict[str, str]:
             if part in path.lower():
                 candidates[path] = meaning
     return candidates or single
+
+
+def _outside_other_models(model: nn.Module, candidates: dict[str, str]) -> dict[str, str]:
+    """Return the candidates with what speaks against those inside a model of another kind."""
+    for outer, module in model.named_modules():
+        if not is_no_segmenter(module):
+            continue
+        why = f"a part of {type(module).__name__}, which is no segmenter that classifies pixels"
+        for path, reason in candidates.items():
+            if reason in ("", _SINGLE) and (not outer or path.startswith(f"{outer}.")):
+                candidates[path] = why
+    return candidates
 
 
 def _width_read(layer: nn.Module) -> int:
@@ -366,7 +378,8 @@ def why_not_the_logits(
 def _tensors(output: Any) -> Iterator[Tensor]:
     """Go through all floating tensors of an output; scales stacked in the second axis, apart."""
     if isinstance(output, Tensor):
-        if output.is_floating_point() and not hasattr(output, "full_tensor"):
+        strided = output.layout == torch.strided and not output.is_nested
+        if output.is_floating_point() and strided and not hasattr(output, "full_tensor"):
             yield output.detach()
             if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
                 yield from output.detach().unbind(1)

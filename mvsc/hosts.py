@@ -18,7 +18,8 @@ class Host(NamedTuple):
             is the last of a list.
         pads: names of layers that hold the classifier and pad in front of it.
         ignore_index: names in a segmenter's ``config`` under which its loss ignores a label.
-        complete: whether all models of the library that are no segmenters are to be refused.
+        models: the class that all models of the library derive from, if those of its own that are
+            none of these segmenters have no classifier of pixels.
     """
 
     library: str
@@ -26,7 +27,7 @@ class Host(NamedTuple):
     classifiers: tuple[str, ...]
     pads: tuple[str, ...] = ()
     ignore_index: tuple[str, ...] = ()
-    complete: bool = False
+    models: str = ""
 
 
 HOSTS = (
@@ -42,7 +43,7 @@ HOSTS = (
     ),
     Host(
         "transformers",
-        segmenters=("Segmentation",),
+        segmenters=("SemanticSegmentation",),
         classifiers=(
             "decode_head.classifier",
             "segmentation_head.classifier.convolution",
@@ -52,7 +53,7 @@ HOSTS = (
         ),
         pads=("MobileNetV2ConvLayer",),
         ignore_index=("semantic_loss_ignore_index", "loss_ignore_index"),
-        complete=True,
+        models="PreTrainedModel",
     ),
     Host(
         "mmseg",
@@ -195,15 +196,12 @@ def host_of(module: nn.Module) -> Host | None:
     return None
 
 
-def is_no_segmenter(model: nn.Module) -> bool:
-    """Return whether a whole model is one of a library's that segment nothing.
+def is_no_segmenter(module: nn.Module) -> bool:
+    """Return whether a module is a library's own model that segments nothing.
 
-    What is made of nothing but a library's base class has a head of the user's own.
+    A class of the user's that derives from the library's is the user's.
     """
-    complete = {host.library for host in HOSTS if host.complete}
-    names = [
-        base.__name__
-        for base in type(model).__mro__
-        if base.__module__.partition(".")[0] in complete
-    ]
-    return bool(names) and not names[0].endswith("PreTrainedModel") and host_of(model) is None
+    library = type(module).__module__.partition(".")[0]
+    names = {base.__name__ for base in type(module).__mro__}
+    known = any(host.library == library and host.models in names for host in HOSTS)
+    return known and host_of(module) is None

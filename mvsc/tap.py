@@ -50,6 +50,10 @@ _TWO_FORWARDS = (
     "forward that has no loss of its own. If the model itself calls it more than once, pass the "
     "features to MVSCRegularizer."
 )
+_NO_TENSOR = (
+    "the classifier was called with a {kind} in place of a tensor. Pass features and a callable "
+    "that classifies them to MVSCRegularizer."
+)
 _NO_GRADIENT = (
     "The features have no gradient, so the loss could not reach the encoder: all before the "
     "classifier is frozen, or runs in a reentrant checkpoint. Unfreeze it, or set "
@@ -257,7 +261,10 @@ class Tap:
         features = _first(args, kwargs)
         if not self.listens(module):
             if self.classifier is not None and not self.working and _is_plain_eager():
-                self.seen = features.detach()
+                self.seen = features.detach() if isinstance(features, Tensor) else None
+            return
+        if not isinstance(features, Tensor):
+            self.clear(_NO_TENSOR.format(kind=type(features).__name__))
             return
         # Whether a dropout near the classifier really precedes it shows here and only here.
         if self.dropped is features and self.undropped is not None:
@@ -303,6 +310,5 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
     return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    first: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return first
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))

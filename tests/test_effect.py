@@ -1,7 +1,10 @@
 """The study of the effect: its arms train, its cells are kept, its tables are right."""
 
+import functools
 import importlib
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -20,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "benchmarks" / "effect"
 
 arms = importlib.import_module("arms")
+candidates = importlib.import_module("candidates")
+frontier = importlib.import_module("frontier")
 judge = importlib.import_module("judge")
 kept = importlib.import_module("kept")
 report = importlib.import_module("report")
@@ -119,6 +124,170 @@ def test_class_means_are_classified_as_by_hand():
     rival = ClassMeans(2, 2, 1.0)
     loss = rival.terms(features, torch.tensor([[[0, 0, 1]]]), classifier).rival
     torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
+
+
+GRID = torch.tensor([[[0, 0, 1, 3], [1, 2, 2, 2]], [[0, 3, 1, 1], [1, 1, 2, 0]]])  # 3: no class
+
+
+@pytest.fixture
+def cells():
+    """Features, the grid of three classes, and a classifier."""
+    generator = torch.Generator().manual_seed(0)
+    classifier = torch.nn.Conv2d(4, 3, 1)
+    torch.nn.init.normal_(classifier.weight, generator=generator)
+    torch.nn.init.normal_(classifier.bias, generator=generator)
+    features = torch.randn(2, 4, 2, 4, generator=generator, requires_grad=True)
+    return features, GRID, classifier
+
+
+def of_pixels(features, grid, classifier):
+    """Return the logits of the labelled pixels, and their labels."""
+    known = grid < 3
+    return classifier(features).movedim(1, 3)[known], grid[known]
+
+
+def alike(losses, labels):
+    """Average the losses of each class, then the classes."""
+    return torch.stack([losses[labels == label].mean() for label in labels.unique()]).mean()
+
+
+def test_cells_of_one_pixel_are_class_balanced_cross_entropy(cells):
+    logits, labels = of_pixels(*cells)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    found = candidates.CellMeansOfPixels(3, 4, 1.0).loss(*cells)
+    torch.testing.assert_close(found, alike(losses, labels))
+
+
+def test_cells_without_end_are_class_means(cells):
+    of_all = candidates.CellMeans(3, 4, 1.0)
+    of_all.k = 10**6
+    torch.testing.assert_close(of_all.loss(*cells), ClassMeans(3, 4, 1.0).loss(*cells))
+
+
+def test_iou_of_single_pixels_is_the_log_of_the_soft_jaccard_index(cells, folder):
+    logits, labels = of_pixels(*cells)
+    chances, own = logits.softmax(dim=1), torch.nn.functional.one_hot(labels, 3)
+    hit = (chances * own).sum(dim=0)
+    by_hand = -(hit / (chances.sum(dim=0) + own.sum(dim=0) - hit)).log().mean()
+    found = candidates.CellIoUOfPixels(3, 4, 1.0).loss(*cells)
+    torch.testing.assert_close(found, by_hand)
+    # The same of the logits, beside cross-entropy.
+    criterion = arms.jaccard(2.0, open_split("folder", folder, "train"))
+    whole, target = cells[2](cells[0]), torch.where(GRID == 3, 255, GRID)
+    plain = torch.nn.functional.cross_entropy(whole, target, ignore_index=255)
+    torch.testing.assert_close(criterion(whole, target), plain + 2 * by_hand)
+
+
+def test_iou_of_whole_classes_is_lv_and_a_price_for_what_others_spill(cells):
+    features, grid, classifier = cells
+    iou = candidates.CellIoU(3, 4, 1.0)
+    iou.k = 10**6
+    means, counts = mvsc.segment_mean(features, grid, 3)
+    chances = classifier(means[..., None, None]).flatten(1).softmax(dim=1)
+    spilled = (counts[:, None] * chances).fill_diagonal_(0).sum(dim=0)
+    price = (1 + spilled / counts).log().mean()
+    expected = ClassMeans(3, 4, 1.0).loss(*cells) + price
+    torch.testing.assert_close(iou.loss(*cells), expected)
+
+
+def test_a_cell_holds_at_most_k_pixels_of_one_class():
+    grid = torch.randint(0, 4, (3, 9, 7))
+    for k in (1, 5, 1000):
+        cell, owner = candidates.pixel_cells(grid, 3, k)
+        known = grid < 3
+        assert torch.equal(owner[cell[known]], grid[known])
+        assert (cell[~known] == len(owner)).all()
+        sizes = torch.bincount(cell[known], minlength=len(owner))
+        assert 1 <= sizes.min() <= sizes.max() <= k
+    cell, owner = candidates.image_cells(grid, 3)
+    images = torch.arange(3)[:, None, None].expand_as(grid)[known]
+    assert torch.equal(cell[known], images * 3 + grid[known])
+
+
+def test_cells_become_single_pixels_by_the_last_step():
+    finer = candidates.FinerCellIoU(3, 4, 1.0)
+    finer.steps = 4
+    sizes = []
+    for step in range(5):
+        finer.step.fill_(step)
+        sizes.append(finer.size())
+    assert sizes == [4096, 512, 64, 8, 1]
+
+
+def test_without_spread_the_cumulant_is_class_means_and_spread_only_adds(cells):
+    features, grid, classifier = cells
+    plain = ClassMeans(3, 4, 1.0).loss(*cells)
+    assert candidates.Cumulant(3, 4, 1.0).loss(*cells) > plain
+    means, _ = mvsc.segment_mean(features, grid, 3)
+    flat = torch.cat([means, means.new_zeros(1, 4)])[grid].movedim(3, 1)
+    found = candidates.Cumulant(3, 4, 1.0).loss(flat, grid, classifier)
+    torch.testing.assert_close(found, plain)
+    ramp = candidates.RampedCumulant(3, 4, 1.0)  # in step 0
+    torch.testing.assert_close(ramp.loss(*cells), plain)
+
+
+def test_a_classifier_that_knows_the_shares_has_nothing_to_shift(cells):
+    classifier = cells[2]
+    rival = candidates.PriorConsistent(3, 4, 1.0)
+    rival.log_shares = torch.tensor([0.7, 0.2, 0.1]).log()
+    plain = ClassMeans(3, 4, 1.0).loss(*cells)
+    with torch.no_grad():
+        classifier.bias += rival.log_shares
+    torch.testing.assert_close(rival.loss(*cells), plain)
+
+
+def test_a_frozen_classifier_learns_nothing_and_the_features_the_same(cells):
+    features, _, classifier = cells
+    grads = []
+    for kind in (ClassMeans, candidates.Frozen):
+        features.grad = classifier.weight.grad = classifier.bias.grad = None
+        loss = kind(3, 4, 1.0).loss(*cells)
+        loss.backward()
+        grads.append((loss, features.grad))
+    torch.testing.assert_close(*grads)
+    assert classifier.weight.grad is classifier.bias.grad is None
+
+
+def test_the_corners_of_the_simplex_are_equally_far_apart():
+    corners = candidates.Simplex(5, 8, 1.0).corners
+    expected = torch.full((5, 5), -0.25).fill_diagonal_(1)
+    torch.testing.assert_close(corners @ corners.T, expected)
+
+
+def test_a_pixel_is_worth_what_it_adds_to_the_ious(cells):
+    features, grid, classifier = cells
+    rival = candidates.RivalCells(3, 4, 1.0)
+    found = rival.loss(*cells)
+    logits, labels = of_pixels(*cells)
+    hits = torch.stack([((logits.argmax(1) == c) & (labels == c)).sum() for c in range(3)])
+    unions = torch.stack([((logits.argmax(1) == c) | (labels == c)).sum() for c in range(3)])
+    others = logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    top, total = 0.0, 0.0
+    for c, k in itertools.permutations(range(3), 2):
+        mine = (labels == c) & (others == k)
+        if mine.any():
+            vectors = features.movedim(1, 3)[grid < 3][mine].mean(dim=0)
+            logit = classifier(vectors[None, :, None, None]).flatten()
+            weight = mine.sum() * (1 / unions[c] + hits[k] / unions[k] ** 2)
+            top = top - weight * logit.log_softmax(dim=0)[c]
+            total = total + weight
+    torch.testing.assert_close(found, top / total)
+
+
+def test_an_arm_that_trains_longer_has_more_steps(folder):
+    data = open_split("folder", folder, "train")
+    recipe = Recipe(data_root=folder, steps=396)
+    assert arms.ingredients(arms.find("longer@1.5"), recipe, data)[0].steps == 594
+    assert arms.ingredients(arms.find("ce"), recipe, data)[0].steps == 396
+
+
+def test_deviations_of_the_groups_stay_in_the_value():
+    reg = variants.Deviation(num_classes=1, dim=1, groups=2)
+    means = torch.tensor([[[4.0]], [[1.0]]], requires_grad=True)  # of 1 and 2 pixels: 2 in all
+    enhanced = reg.enhanced(of_cells([[1], [2]], means), torch.tensor([[[10.0]], [[20.0]]]))
+    assert enhanced.flatten().tolist() == [12.0, 19.0]
+    enhanced.sum().backward()
+    assert means.grad.flatten().tolist() == [1.0, 1.0]
 
 
 def draw(reg):
@@ -256,6 +425,114 @@ def test_the_hardest_pixels_of_a_class_come_first():
     assert reg.split(grid, features).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
 
 
+def judged(pixels, *images):
+    found = judge.Judge(torch.tensor(pixels), torch.device("cpu"))
+    for logits, label in images:
+        found.look(logits, label)
+    return found.scores()
+
+
+def test_a_shift_takes_tau_times_the_log_of_the_share_off_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 20, 30, generator=generator)
+    label = torch.randint(0, 3, (20, 30), generator=generator)
+    label[3] = 255
+    pixels = [70, 20, 10]
+    log_shares = torch.tensor([0.7, 0.2, 0.1]).log()[:, None, None]
+    curve = judged(pixels, (logits, label))["frontier"]
+    for tau, accuracy in zip(curve["tau"], curve["aAcc"], strict=True):
+        shifted = logits - tau * log_shares
+        hit = (shifted.argmax(dim=0) == label)[label != 255].double().mean()
+        assert accuracy == pytest.approx(100 * hit.item())
+    assert len(set(curve["mIoU"])) == len(judge.TAUS) == 8
+    # A constant of a class can be added before or after the logits are resized.
+    small = torch.randn(3, 5, 7, generator=generator)
+    resize = functools.partial(torch.nn.functional.interpolate, size=(20, 30), mode="bilinear")
+    torch.testing.assert_close(resize((small - log_shares)[None]), resize(small[None]) - log_shares)
+
+
+def test_calibration_is_as_by_hand():
+    # Four pixels are looked at; three of them sure of class 0 at 0.8, one at 0.6 of class 1.
+    chances = torch.tensor([[0.8, 0.8, 0.8, 0.4], [0.2, 0.2, 0.2, 0.6]])
+    logits = chances.log().view(2, 1, 4).repeat_interleave(judge.EVERY, dim=2)
+    label = torch.tensor([[0, 0, 1, 1]]).repeat_interleave(judge.EVERY, dim=1)
+    found = judged([5, 5], (logits, label))["calibration"]
+    plain = found["temperature"].index(1.0)
+    of_0, of_1 = -math.log(0.8), -(math.log(0.2) + math.log(0.6)) / 2
+    assert found["nll"][plain] == pytest.approx((of_0 + of_1) / 2, rel=1e-5)
+    assert found["balanced_nll"][plain] == pytest.approx((of_0 + of_1) / 2, rel=1e-5)
+    by_hand = 100 * (abs(3 * 0.8 - 2) + abs(0.6 - 1)) / 4
+    assert found["ece"][plain] == pytest.approx(by_hand, rel=1e-5)
+    twice = found["temperature"].index(2.0)
+    softer = chances.sqrt() / chances.sqrt().sum(dim=0)
+    expected = -softer[label[0, :: judge.EVERY], range(4)].log().mean().item()
+    assert found["nll"][twice] == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_are_dealt_to_two_halves():
+    image = torch.tensor([[[9.0, 9.0]], [[0.0, 0.0]]])
+    right, wrong = torch.tensor([[0, 0]]), torch.tensor([[1, 1]])
+    found = judged([5, 5], (image, right), (image, wrong), (image, right))
+    first, second = found["frontier"]["halves"]
+    assert (first["aAcc"][1], second["aAcc"][1]) == (100, 0)
+    assert found["frontier"]["aAcc"][1] == pytest.approx(200 / 3)
+
+
+def curve(accuracy, miou):
+    whole = {"tau": [-0.5, 0.0, 0.5], "aAcc": accuracy, "mIoU": miou}
+    return {**whole, "halves": [{"aAcc": accuracy, "mIoU": miou}] * 2}
+
+
+BASE = {"frontier": curve([49.0, 50.0, 46.0], [9.0, 10.0, 11.0])}
+
+
+def test_a_curve_is_read_at_the_accuracy_of_cross_entropy_and_a_bit_below():
+    run = {"frontier": curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0])}
+    assert frontier.gain_at(run, BASE, 0) == pytest.approx(3.0)  # a quarter of the way
+    assert frontier.gain_at(run, BASE, 2) == pytest.approx(5.0)
+    assert frontier.gain_at(run, BASE, 9) == pytest.approx(6.0)
+    assert frontier.gain_at(BASE, BASE, 0) == 0
+    lower = {"frontier": curve([40.0, 40.0, 40.0], [10.0, 12.0, 16.0])}
+    assert frontier.gain_at(lower, BASE, 2) is None
+
+
+def test_a_tau_is_chosen_on_images_that_do_not_judge_it():
+    run = {"frontier": curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0])}
+    # The first half would take the last tau for it, the second the first.
+    run["frontier"]["halves"] = [
+        {"aAcc": [50.0, 50.0, 50.0], "mIoU": [0.0, 0.0, 1.0]},
+        {"aAcc": [50.0, 49.0, 47.0], "mIoU": [30.0, 20.0, 10.0]},
+    ]
+    assert frontier.chosen(run, BASE, 0) == ((10 + 0) / 2 - 10, (47 + 50) / 2 - 50)
+    run["frontier"]["halves"][0]["aAcc"] = [40.0, 40.0, 40.0]
+    assert frontier.chosen(run, BASE, 2) is None
+
+
+def test_a_temperature_is_chosen_on_images_that_do_not_judge_it():
+    halves = [
+        {"nll": [1.0, 2.0], "balanced_nll": [3.0, 4.0], "ece": [5.0, 6.0]},
+        {"nll": [9.0, 8.0], "balanced_nll": [7.0, 6.0], "ece": [5.0, 4.0]},
+    ]
+    run = {"calibration": {"temperature": [1.0, 2.0], **halves[0], "halves": halves}}
+    assert frontier.untempered(run) == {"nll": 1.0, "balanced_nll": 3.0, "ece": 5.0}
+    assert frontier.tempered(run) == {"nll": 5.5, "balanced_nll": 5.5, "ece": 5.5}
+
+
+def test_the_table_of_frontiers_has_the_best_first_and_says_what_is_not_reached():
+    found = {"calibration": {"temperature": [1.0], "nll": [1.0], "balanced_nll": [2.0]}}
+    found["calibration"] |= {"ece": [3.0]}
+    found["calibration"]["halves"] = [found["calibration"]] * 2
+    better, lower = curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0]), curve([9.0] * 3, [9.0] * 3)
+    runs = {"ce": {0: BASE | found, 1: BASE | found}}
+    runs["mvsc"] = dict.fromkeys((0, 1), {"frontier": better} | found)
+    runs["low"] = {0: {"frontier": lower} | found}
+    rows = report.frontiers(runs).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| mvsc", "| ce", "| low"]
+    assert rows[2].startswith("| mvsc | 2 | +3.00 [+3.00, +3.00] | +3.50")
+    assert "| low | 1 | not reached" in rows[4]
+    assert "| mvsc | 2 | 1.000 | 2.000 | 3.000 |" in report.calibration(runs)
+
+
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
     label = torch.zeros(1, 40, dtype=torch.uint8)
     label[:, 20:] = 7
@@ -278,10 +555,10 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
         size=(32, 32),
     )
     study.run(settings, "short/segformer/mvsc/0")
-    (run,) = kept.read(tmp_path / "results", "val")
+    (run,) = kept.read(tmp_path / "results", "frontier")
     assert run["cell"] == "short/segformer/mvsc/0"
     assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(run)
-    assert not any((tmp_path / "work" / "val").iterdir())
+    assert not any((tmp_path / "work" / "frontier").iterdir())
     monkeypatch.setattr(subprocess, "Popen", lambda command: pytest.fail("ran again"))
     study.main(settings)
     shares = json.loads((tmp_path / "results" / "classes.json").read_text())
@@ -312,7 +589,7 @@ def test_ctrl_c_saves_the_cell_that_runs_and_starts_no_other(folder, tmp_path):
         *("--heads", "segformer", "--arms", "ce", "--steps", "3000", "--batch-size", "2"),
         *("--size", "32", "32"),
     ]
-    cell = tmp_path / "work" / "val" / "short-segformer-ce-0"
+    cell = tmp_path / "work" / "frontier" / "short-segformer-ce-0"
     errors = press_ctrl_c(command, cell / "metrics.jsonl", 1)
     assert errors.endswith("Stopped and saved; the same command goes on from here.\n")
     assert "Traceback" not in errors

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mvsc.attach import ClassifierNotFoundError, attach
+from mvsc.hosts import ASIDE
 from tiny_nets import CLASSES, DIM, Net, NetWithLoss, TwoHeads
 
 
@@ -170,3 +171,200 @@ def test_an_example_leaves_modes_statistics_and_hooks_as_they_were(images):
 def test_a_classifier_is_named_by_a_module_or_a_path():
     with pytest.raises(TypeError, match="a module of the model or its path, got 2"):
         attach(Net(), classifier=2)
+
+
+# What must never be proposed.
+
+
+class Alone(nn.Module):
+    """A module with a convolution under some name, and a classifier if it is told to."""
+
+    def __init__(self, name: str, classifier: bool) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, DIM, 3, padding=1)
+        inner = nn.Module()
+        inner.add_module("0", nn.Conv2d(DIM, CLASSES, 1))
+        self.add_module(name, inner)
+        if classifier:
+            self.classifier = nn.Conv2d(DIM, CLASSES, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aux_head",
+        "auxiliary_classifier",
+        "deep_supervision_heads",
+        "deep_super_1",
+        "ds_out",
+        "super_heads",
+        "lora_B",
+        "lora_embedding_A",
+        "original_module",
+        "qkv",
+        "attn_proj",
+        "patch_embed",
+    ],
+)
+def test_a_layer_whose_name_speaks_against_it_is_neither_taken_nor_proposed(name):
+    model = Alone(name, classifier=True)
+    assert attach(model).classifier_path == "classifier"
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(Alone(name, classifier=False))
+    assert f"{name}.0: Conv2d 1x1, 8 -> 5: " in str(error.value)
+    assert f'classifier="{name}.0"' not in str(error.value)
+    assert "mvsc.attach(model, example=images)" in str(error.value)
+    assert any(meaning in str(error.value) for meaning in ASIDE.values())
+
+
+def test_a_linear_alone_is_not_proposed_and_one_sensible_layer_is():
+    model = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.Flatten(), nn.Linear(DIM, CLASSES))
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert 'classifier="path.of.the.layer"' in str(error.value)
+
+
+def test_a_layer_as_wide_before_as_behind_is_a_classifier(images):
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Conv2d(3, DIM, 3, padding=1)
+            self.narrow = nn.Conv2d(DIM, CLASSES, 3, padding=1)
+            self.out = nn.Conv2d(CLASSES, CLASSES, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.out(self.narrow(self.encoder(images)).relu())
+
+    assert attach(Narrow(), classifier="out").regularizer.dim == CLASSES
+    assert attach(Narrow(), example=images).classifier_path == "out"
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("Sam2Model", "Sam2Config"),
+        ("SegGptForImageSegmentation", "SegGptConfig"),
+        ("DPTForDepthEstimation", "DPTConfig"),
+        ("GLPNForDepthEstimation", "GLPNConfig"),
+        ("ViTForImageClassification", "ViTConfig"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_of_transformers_that_is_no_segmenter_is_refused(model, config, inside):
+    hf = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        made = getattr(hf, model)(getattr(hf, config)())
+    made = nn.ModuleDict({"inner": made}) if inside else made
+    with pytest.raises(
+        ClassifierNotFoundError, match=r'classifier="path\.of\.the\.layer"|no classes'
+    ):
+        attach(made)
+
+
+def test_a_head_of_ones_own_on_a_model_of_transformers_is_found():
+    hf = pytest.importorskip("transformers")
+
+    class OnDino(hf.PreTrainedModel):
+        config_class = hf.Dinov2Config
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.backbone = hf.Dinov2Model(config)
+            self.head = nn.Conv2d(config.hidden_size, CLASSES, 1)
+
+    with torch.device("meta"):
+        assert attach(OnDino(hf.Dinov2Config())).classifier_path == "head"
+        sam = hf.Sam2Model(hf.Sam2Config())
+        model = nn.ModuleDict({"sam": sam, "head": nn.Conv2d(256, CLASSES, 1)})
+        assert attach(model).classifier_path == "head"
+
+
+# PEFT.
+
+
+class Adapted(Net):
+    """With projections of an attention, to be adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.qkv = nn.Conv2d(DIM, DIM, 1), nn.Conv2d(DIM, 3 * DIM, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.query(self.encoder(images)))
+
+
+SAVED = "base_model.model.classifier.modules_to_save.default"
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"target_modules": ["query"], "modules_to_save": ["classifier"]}, SAVED),
+        ({"target_modules": ["query", "classifier"]}, "base_model.model.classifier"),
+        ({"target_modules": ["query", "qkv"]}, "base_model.model.classifier"),
+        (
+            {"target_modules": ["query", "classifier"], "use_dora": True},
+            "base_model.model.classifier",
+        ),
+    ],
+    ids=["saved", "adapted", "left alone", "dora"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_copy_or_adapter_of_the_classifier_is_trained(images, labels, config, path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Adapted(), peft.LoraConfig(r=2, **config))
+    for options in (
+        {},
+        {"example": images},
+        {"classifier": "base_model.model.classifier"},
+        {"classifier": model.base_model.model.classifier},
+    ):
+        with attach(model, **options) as reg:
+            assert reg.classifier_path == path
+            model(images)
+            (F.cross_entropy(model(images), labels)).backward()
+            reg.discard()
+            model(images)
+            reg(labels).backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert any("modules_to_save" in name or "lora" in name for name in trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_of_an_adapted_classifier_is_that_of_its_sum(images, labels):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query", "classifier"], init_lora_weights=False)
+    model = peft.get_peft_model(Adapted(), config)
+    reg = attach(model, groups=1)
+    model(images)
+    found = reg.terms(labels).classify
+    model.eval()
+    logits = model.base_model.model.classifier(reg.regularizer.centroids[0][:, :, None, None])
+    present = torch.isin(torch.arange(CLASSES), labels)
+    expected = F.cross_entropy(logits.flatten(1)[present], torch.arange(CLASSES)[present])
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "path"),
+    [
+        ("VNet", {"in_channels": 1, "out_channels": 2}, "out_tr.conv2"),
+        ("VNet", {"in_channels": 1, "out_channels": 16}, "out_tr.conv2"),
+        (
+            "DynUNet",
+            {
+                "in_channels": 1,
+                "out_channels": 3,
+                "kernel_size": (3, 3, 3),
+                "strides": (1, 2, 2),
+                "upsample_kernel_size": (2, 2),
+                "deep_supervision": True,
+            },
+            "output_block.conv.conv",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_deep_supervision_and_equal_widths_in_monai_do_not_mislead(name, arguments, path):
+    nets = pytest.importorskip("monai.networks.nets")
+    assert attach(getattr(nets, name)(2, **arguments)).classifier_path == path

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
@@ -426,3 +427,60 @@ def test_mixup_names_the_explicit_form_and_it_works(images, labels):
     features = model.encoder(images)
     pair = [explicit(features, each, model.classifier) for each in (labels, labels.flip(0))]
     (0.7 * pair[0] + 0.3 * pair[1]).backward()
+
+
+# What no forward may fail of.
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: (z * 2 + 1, z.detach().to_sparse()),
+        lambda z: (torch.fft.fft2(z), "a word", None, 3),
+        lambda z: torch.nested.nested_tensor([z[0], z[1][:, :8]]),
+        lambda z: z.to(torch.float8_e4m3fn),
+        lambda z: SimpleNamespace(logits=z),
+    ],
+    ids=["sparse", "complex", "nested", "float8", "object"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_outputs_of_any_kind_pass_the_first_forward(images, labels, after):
+    model = After(after)
+    reg = attach(model)
+    model(images)
+    assert reg(labels).isfinite()
+
+
+def test_a_forward_without_values_passes(labels):
+    model = Net().to("meta")
+    reg = attach(model)
+    model(torch.randn(2, 3, 12, 12, device="meta"))
+    assert reg(labels.to("meta")).is_meta
+    model = Net()
+    reg = attach(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.randn(2, 3, 12, 12))
+    reg.discard()
+    model.encoder[1] = nn.Identity()
+    assert torch.func.vmap(lambda image: model(image[None])[0])(torch.randn(2, 3, 8, 8)).ndim == 4
+
+
+def test_a_classifier_that_takes_a_list_runs_and_is_named_by_the_loss(images, labels):
+    class OfList(nn.Conv2d):
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            return super().forward(sum(maps))
+
+    class Lists(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = OfList(DIM, CLASSES, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier([self.encoder(images)] * 2)
+
+    model = Lists()
+    reg = attach(model, classifier="classifier")
+    model(images)
+    with pytest.raises(RuntimeError, match=r"called with a list.*Pass features and a callable"):
+        reg(labels)
+    assert model.eval()(images).shape == (2, CLASSES, 12, 12)

@@ -367,7 +367,7 @@ def test_a_forgotten_regularizer_is_noticed_once(fused):
 # Labels, none of which reaches the grid.
 
 
-def strokes(size=64, width=1):
+def strokes(size=128, width=1):
     labels = torch.full((2, size, size), 255)
     for label in range(CLASSES):
         labels[:, 1 + 16 * label : 1 + 16 * label + width, 2:-2] = label
@@ -375,29 +375,31 @@ def strokes(size=64, width=1):
 
 
 def test_strokes_that_miss_every_centre_are_noticed_once_and_learned_from_if_told():
-    features = torch.randn(2, DIM, 4, 4, requires_grad=True)
+    features = torch.randn(2, DIM, 8, 8, requires_grad=True)
     reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
-    with pytest.warns(UserWarning, match=r"480 labelled.*4 x 4.*grid_label=\"commonest\"") as seen:
+    with pytest.warns(UserWarning, match=r"992 labelled.*8 x 8.*grid_label=\"commonest\"") as seen:
         reg(features, strokes(), classifier)
     reg(features, strokes(), classifier)  # A second warning would be an error.
     assert len(seen) == 1
     reg = MVSCRegularizer(CLASSES, DIM, 1, grid_label="commonest")
     reg(features, strokes(), classifier).backward()
-    assert bool((features.grad.abs().sum(1) > 0).all())
+    learn = features.grad.abs().sum(1) > 0
+    assert_close(learn[:, :4], torch.ones(2, 4, 8).bool())  # A stroke in each upper row.
+    assert not bool(learn[:, 4:].any())
 
 
 def test_labels_that_reach_the_grid_or_are_none_are_quiet():
-    features, classifier = torch.randn(2, DIM, 4, 4), nn.Conv2d(DIM, CLASSES, 1)
+    features, classifier = torch.randn(2, DIM, 8, 8), nn.Conv2d(DIM, CLASSES, 1)
     reg = MVSCRegularizer(CLASSES, DIM, 1)
-    for labels in (strokes(width=8), torch.full((2, 64, 64), 255), strokes(width=16)):
+    for labels in (strokes(width=9), torch.full((2, 128, 128), 255), strokes(width=16)):
         reg(features, labels, classifier)
-    dense = strokes(width=8)
-    assert bool((labels_on_grid(dense, (4, 4), CLASSES, 255) < CLASSES).any())
+    dense = strokes(width=9)
+    assert bool((labels_on_grid(dense, (8, 8), CLASSES, 255) < CLASSES).any())
 
 
 def test_a_warning_names_the_users_line_and_can_be_silenced_by_it():
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         reg = MVSCRegularizer(CLASSES, DIM, 1)
-        reg(torch.randn(2, DIM, 4, 4), strokes(), nn.Conv2d(DIM, CLASSES, 1))
+        reg(torch.randn(2, DIM, 8, 8), strokes(), nn.Conv2d(DIM, CLASSES, 1))
     assert [each.filename for each in seen] == [__file__]

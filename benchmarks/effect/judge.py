@@ -25,11 +25,16 @@ BAND = 5  # pixels from a border between two labels
 
 
 class Judge:
-    """Counts what the scores are made from, image by image."""
+    """Counts what the scores are made from, image by image.
 
-    def __init__(self, shares: Tensor, device: torch.device) -> None:
-        classes = len(shares)
-        self.log_shares = log_shares(shares).to(device)
+    Args:
+        pixels: labelled pixels of each class in the training images.
+        device: of the logits that it will be shown.
+    """
+
+    def __init__(self, pixels: Tensor, device: torch.device) -> None:
+        classes = len(pixels)
+        self.log_shares = log_shares(pixels).to(device)
         self.confusions = torch.zeros(2, len(TAUS), classes, classes, dtype=torch.int64)
         self.bands = torch.zeros(len(TAUS), classes, classes, dtype=torch.int64)
         self.losses = torch.zeros(2, len(TEMPERATURES), classes, dtype=torch.float64)

@@ -1,7 +1,8 @@
 """The raw scores of the study: a line of JSON a run, a file for each schedule.
 
-``val-short.jsonl`` holds the runs of the short schedule that were judged on the validation images,
-``hold_out-quick.jsonl`` those of the quick one on held-out training images.
+``frontier-short.jsonl`` holds the runs of the short schedule, judged on the validation images,
+``hold_out-quick.jsonl`` those of the quick one on held-out training images. Those in
+``val-*.jsonl`` were judged before models were looked at with a shifted prior; none is added.
 """
 
 import fcntl

@@ -12,6 +12,7 @@ from data import IGNORE
 from mvsc import MVSCRegularizer, equations
 from mvsc.classifier import classify_vectors
 from mvsc.sampling import labels_on_grid
+from mvsc.watch import Watch
 
 
 class Terms(NamedTuple):
@@ -31,6 +32,7 @@ class Rival(nn.Module):
         super().__init__()
         self.num_classes, self.strength = num_classes, strength
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._watch = Watch()  # of which the tap tells what the model does to its images
 
     def terms(
         self, features: Tensor, labels: Tensor, classifier: nn.Module, **options: Any

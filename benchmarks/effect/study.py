@@ -150,7 +150,7 @@ def keep_classes(settings: Settings) -> None:
 
 
 def kind(settings: Settings) -> str:
-    return "hold_out" if settings.hold_out else "val"
+    return "hold_out" if settings.hold_out else "frontier"
 
 
 def run(settings: Settings, cell: str) -> None:
@@ -211,7 +211,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def judged(shares: Tensor) -> Evaluate:
+def judged(pixels: Tensor) -> Evaluate:
     """Make what stands in for evaluate.evaluate and judges at all shifts in the same pass."""
 
     def judge(
@@ -222,7 +222,7 @@ def judged(shares: Tensor) -> Evaluate:
         rank: int = 0,
         processes: int = 1,
     ) -> dict[str, Any]:
-        judge = Judge(shares, device)
+        judge = Judge(pixels, device)
         result = evaluate(segmenter, data, recipe, device, rank, processes, look=judge.look)
         found = judge.scores()
         plain = found["frontier"]["tau"].index(0.0)
