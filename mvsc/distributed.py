@@ -68,6 +68,15 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return placed
 
 
+def gather(parameter: Any) -> Tensor:
+    """Return the whole of a DTensor; its gradient is averaged over the processes that hold it."""
+    from torch.distributed.tensor import Partial
+
+    average = [Partial("avg")] * parameter.device_mesh.ndim
+    whole: Tensor = parameter.full_tensor(grad_placements=average)
+    return whole
+
+
 def assert_in_sync(regularizer: nn.Module) -> None:
     """Raise if a regularizer is not bitwise the same on every process.
 
