@@ -20,17 +20,17 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples" / "recipes"))
 
 import loading  # noqa: E402
 from data import open_split  # noqa: E402
 from measure import command_line, write  # noqa: E402
 from models import IMAGENET, build  # noqa: E402
-from quickstart import lumps  # noqa: E402
 from recipes import Recipe  # noqa: E402
 from train import cross_entropy, logits_of  # noqa: E402
 
 CLASSES = 21
+WAVES = ((2.1, 1.3), (-2.6, 1.7), (0.7, 3.1), (-3.4, 0.9))
 
 
 class Reference(Dataset):
@@ -69,7 +69,7 @@ def photographs(folder: Path, count: int) -> None:
         for number in range(count):
             rng = np.random.default_rng(number)
             a, b = rng.uniform(0, 100, 2)
-            field = lumps(x + a, y + b)
+            field = sum(np.sin(p * (x + a) + q * (y + b) + i) for i, (p, q) in enumerate(WAVES)) / 2
             pixels = 128 + 50 * field[..., None] * rng.uniform(-1, 1, 3)
             pixels = np.clip(pixels + rng.normal(0, 8, (480, 640, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(

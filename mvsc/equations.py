@@ -5,11 +5,10 @@ dimension; ``present`` says which cells, i.e. (group, class) pairs, have a pixel
 Nothing here is random, on a certain device, or a module's state.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
 EPS = 1e-6
@@ -64,6 +63,10 @@ def divide(sums: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         Shape ``(num_cells, dim)``.
+
+    Example:
+        >>> divide(torch.tensor([[6.0], [0.0]]), torch.tensor([3, 0])).tolist()
+        [[2.0], [0.0]]
     """
     # Clamped, because where(counts > 0, sums / counts, 0) has a NaN gradient.
     return sums / counts.clamp_min(1).unsqueeze(-1)
@@ -95,22 +98,31 @@ def alignment_targets(centroids: Tensor, align_to: str) -> Tensor:
     Returns:
         The global centroids v', shape ``(num_classes, dim)``, or V itself, so that each mean is
         aligned to the centroid of its own group.
+
+    Example:
+        >>> centroids = torch.tensor([[[1.0]], [[3.0]]])
+        >>> alignment_targets(centroids, "global").tolist()
+        [[2.0]]
     """
     return centroids if align_to == "group" else global_centroids(centroids)
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Scale vectors to length 1, as x / sqrt(|x|^2 + EPS^2).
+    """Scale vectors to length 1, as ``x / sqrt(|x|^2 + EPS^2)``.
 
     Args:
         vectors: shape ``(..., dim)``.
 
     Returns:
         Same shape; a zero vector stays 0 and has a finite gradient.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).round(decimals=4).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
-    # F.normalize has gradients of 1e12 at zero, and NaN in float16.
-    dim = vectors.shape[-1]
-    scaled: Tensor = F.rms_norm(vectors, (dim,), eps=EPS**2 / dim) / dim**0.5
+    if torch.compiler.is_compiling():  # which fuses them, and cannot trace our own function
+        return vectors * _inverse_length(vectors)
+    scaled: Tensor = _Unit.apply(vectors)[0]
     return scaled
 
 
@@ -136,9 +148,9 @@ def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature:
         0.3133
     """
     cosines = unit(means) @ unit(targets).mT
-    in_batch = present.any(dim=0)
+    absent = present.sum(dim=0) == 0
     # A finite mask value: -inf would turn a row without any class into NaN.
-    logits = (cosines / temperature).masked_fill(~in_batch, torch.finfo(cosines.dtype).min)
+    logits = (cosines / temperature).masked_fill(absent, torch.finfo(cosines.dtype).min)
     return _cross_entropy_over_present(logits, present)
 
 
@@ -161,13 +173,15 @@ def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
         >>> centroid_pull_loss(centroids, torch.tensor([1, 0])).item()
         1.0
     """
-    groups = centroids.shape[0]
+    groups, num_classes, _ = centroids.shape
     if groups == 1:
         # The sum of nothing: zero, and connected to the graph.
         return centroids[:0].sum()
     shuffled = centroids.index_select(0, order)
-    half_a, half_b = shuffled[: groups // 2].mean(dim=0), shuffled[groups // 2 :].mean(dim=0)
-    return 1 - einsum(unit(half_a), unit(half_b), "c d, c d -> c").mean()
+    halves = torch.split(shuffled, [groups // 2, groups - groups // 2])
+    half_a, half_b = (half.mean(dim=0) for half in halves)
+    cosines = (unit(half_a) * unit(half_b)).sum()
+    return torch.rsub(cosines, 1, alpha=1 / num_classes)
 
 
 def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:
@@ -233,17 +247,50 @@ def weighted_sum(terms: MVSCTerms, weights: tuple[float, float, float]) -> Tenso
         >>> weighted_sum(terms, (0.5, 1.0, 0.0)).item()
         2.5
     """
-    total = terms.align.new_zeros(())
+    total: Tensor | None = None
     for term, weight in zip(terms, weights, strict=True):
         if weight > 0:
-            total = total + weight * term
-    return total
+            total = weight * term if total is None else total.add(term, alpha=weight)
+    return terms.align.new_zeros(()) if total is None else total
 
 
 def _cross_entropy_over_present(logits: Tensor, present: Tensor) -> Tensor:
     """Average the cross-entropy of each present cell with its class as the target."""
     # Row c has target c.
-    losses = -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
+    likelihoods = logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
     # where, not a product: 0 * NaN would be NaN.
-    losses = torch.where(present, losses, 0)
-    return losses.sum() / present.sum().clamp_min(1)
+    total = torch.where(present, likelihoods, 0).sum()
+    return total / present.sum().clamp_min(1).neg()
+
+
+def _inverse_length(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(dim=-1, keepdim=True).add(EPS**2).rsqrt()
+
+
+class _Unit(torch.autograd.Function):
+    """x / sqrt(|x|^2 + EPS^2), in fewer operations than autograd would take."""
+
+    # F.normalize has gradients of 1e12 at zero, and NaN in float16.
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(vectors: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_length(vectors)
+        return vectors * inverse, inverse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_inverse: Tensor | None) -> Tensor | None:
+        unit, inverse = ctx.saved_tensors
+        total = None
+        if grad is not None:
+            along = (grad * unit).sum(dim=-1, keepdim=True)
+            total = torch.addcmul(grad, along, unit, value=-1) * inverse
+        if grad_inverse is not None:  # in a second derivative
+            other = -grad_inverse * inverse.square() * unit
+            total = other if total is None else total + other
+        return total

@@ -59,7 +59,7 @@ def check_labels(labels: object, features: Tensor | None = None, tokens: bool = 
 def out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Return the mask of labels that are neither a class nor ``ignore_index``."""
     labels = labels.long()  # Before any comparison: uint8 == -100 is true for class 156.
-    return ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    return (labels.clamp(0, num_classes - 1) != labels) & (labels != ignore_index)
 
 
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> None:

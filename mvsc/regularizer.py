@@ -370,8 +370,11 @@ class MVSCRegularizer(nn.Module):
         Returns:
             Means, counts and mask of the cells; with ``sync_means`` of all processes (R18).
         """
-        bring = commonest_on_grid if self.grid_label == "commonest" else labels_on_grid
-        grid = bring(labels, features.shape[2:], self.num_classes, self.ignore_index)
+        size = features.shape[2:]
+        if self.grid_label == "commonest":
+            grid = commonest_on_grid(labels, size, self.num_classes, self.ignore_index)
+        else:
+            grid = labels_on_grid(labels, size, self.num_classes, self.ignore_index)
         cells = self.split(grid, features)
         sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
         if self.sync_means:
@@ -454,7 +457,8 @@ class MVSCRegularizer(nn.Module):
         # Sums, norms and logits in float32, whatever the model around runs in.
         with _without_autocast(features.device.type):
             centroids = self._centroids(self._dtype(features))
-            align = pull = classify = features.new_zeros((), dtype=centroids.dtype)
+            if len(wanted) < len(MVSCTerms._fields):
+                align = pull = classify = features.new_zeros((), dtype=centroids.dtype)
             if "align" in wanted or "classify" in wanted:
                 cells = self.cell_means(features, labels)
             if "align" in wanted:

@@ -6,18 +6,17 @@ weights and the same order of the data; a resumed run draws what it would have d
 draws are equal on every device, eager and compiled.
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_Int = TypeVar("_Int", int, Tensor)
-
-_MASK = 0xFFFFFFFF
-
 _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
 """What torch 2.6 cannot index on the CPU."""
+
+_KEPT: dict[tuple[Any, ...], Tensor] = {}
+_KEPT_AT_MOST = 16
 
 
 def labels_on_grid(
@@ -45,18 +44,44 @@ def labels_on_grid(
         >>> labels_on_grid(labels, (1, 2), num_classes=8, ignore_index=255).tolist()
         [[[2, 8]]]
     """
+    return countable(labels_at_centres(labels, size), num_classes, ignore_index)
+
+
+def labels_at_centres(labels: Tensor, size: Sequence[int]) -> Tensor:
+    """Take the label at the centre of each feature pixel, whatever it is (R15).
+
+    Args:
+        labels: as in :func:`labels_on_grid`.
+        size: as in :func:`labels_on_grid`.
+
+    Returns:
+        int64, shape ``(batch, *spatial)``.
+    """
     if labels.dtype in _NOT_INDEXED:
         labels = labels.long()
-    for axis, (source, target) in enumerate(zip(labels.shape[1:], size, strict=True), start=1):
-        if source != target:
-            centres = ((2 * torch.arange(target, device=labels.device) + 1) * source) // (
-                2 * target
-            )
-            labels = labels.index_select(axis, centres)
+    if labels.shape[1:] != size:
+        index = _kept(_centres, labels, tuple(labels.shape[1:]), tuple(size))
+        labels = labels.flatten(1).index_select(1, index).view(-1, *size)
     # Widened before any comparison: uint8 == -100 is true for class 156.
-    grid = labels.long()
-    counts = (grid >= 0) & (grid < num_classes) & (grid != ignore_index)
-    return torch.where(counts, grid, num_classes)
+    return labels.long()
+
+
+def countable(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Give every pixel that is ignored or out of range the label ``num_classes``.
+
+    Args:
+        labels: int64, any shape.
+        num_classes: C.
+        ignore_index: label of unlabelled pixels.
+
+    Returns:
+        int64, same shape, in ``0 .. num_classes``.
+    """
+    # What is too low becomes -1, which is C modulo C + 1, as is what is too high.
+    counted = labels.clamp(-1, num_classes).remainder(num_classes + 1)
+    if 0 <= ignore_index < num_classes:
+        counted = counted.masked_fill(labels == ignore_index, num_classes)
+    return counted
 
 
 def commonest_on_grid(
@@ -118,13 +143,10 @@ def stream_key(seed: int, step: Tensor, rank: int = 0) -> Tensor:
         rank: of the process, so that processes with the same seed split differently.
 
     Returns:
-        int64 scalar in ``0 .. 2**32 - 1``, on the device of ``step``.
+        int64 scalar, on the device of ``step``.
     """
-    key = 0x2545F491
-    for word in (seed, seed >> 32, rank):
-        key = _mix(key ^ (word & _MASK)) ^ 0x5BD1E995
-    # Folded onto 32 bits, so that steps beyond 2^32 draw anew, too.
-    return _mix(((step ^ (step >> 31)) & _MASK) ^ key)
+    word = _signed(_mix(_mix(seed) ^ rank))
+    return (step * _signed(_GOLDEN)) ^ word
 
 
 def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> Tensor:
@@ -153,20 +175,21 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
     if groups == 1:
         return labels
     flat = labels.flatten()
+    pixels = len(flat)
     # One hash for all that is drawn, a number for each pixel and then for each class: on a GPU
     # each of these small operations costs a launch.
-    numbers = torch.arange(len(flat) + num_classes + 1, device=flat.device)
-    pixels, hashes = numbers[: len(flat)], _mix(numbers ^ key)
+    numbers = _hash(_kept(_mixed_numbers, labels, pixels + num_classes + 1, 0), key)
     # Sorting by (class, hash) puts the pixels of each class in random order, one after the
-    # other. The hash is a bijection of the pixel's number, so no two keys are equal and the
-    # order is unique.
-    keys, order = ((flat << 32) | hashes[: len(flat)]).sort()
-    label = keys >> 32
+    # other. Hashes are below 2^31 in size. A sort that is stable has one answer, also where two
+    # of them are equal.
+    order = numbers[:pixels].add(flat, alpha=2**32).sort(stable=True).indices
+    label = flat.index_select(0, order)
     # Dealt in turn from a random first group, so the remainder goes to random groups.
-    first_group = hashes[len(flat) :] % groups
-    group = (pixels + first_group[label]) % groups
-    cells = torch.where(label < num_classes, group * num_classes + label, groups * num_classes)
-    return torch.empty_like(flat).scatter(0, order, cells).view_as(labels)
+    first_group = numbers[pixels:].remainder(groups).index_select(0, label)
+    group = _kept(_counted, labels, pixels).add(first_group).remainder(groups)
+    cells = label.add(group, alpha=num_classes)
+    cells = cells.masked_fill(label == num_classes, groups * num_classes)
+    return torch.empty_like(flat).scatter_(0, order, cells).view_as(labels)
 
 
 def draw_halves(groups: int, key: Tensor) -> Tensor:
@@ -179,17 +202,76 @@ def draw_halves(groups: int, key: Tensor) -> Tensor:
     Returns:
         A permutation of ``0 .. groups - 1``, int64.
     """
-    # Counted down from the last number, far from those of the pixels; by an exclusive or, since
-    # the compiler counts in int32 on a GPU.
-    return _mix(torch.arange(groups, device=key.device) ^ _MASK ^ key).argsort()
+    return _hash(_kept(_mixed_numbers, key, groups, 1), key).argsort(stable=True)
 
 
-def _mix(x: _Int) -> _Int:
-    """Hash 32 bits to 32 bits, one to one; 0 stays 0.
+# The hash works on 64 bits, which wrap around in int64. The numbers of pixels do not change, so
+# the larger part of the mixing is done once for each size (splitmix64, by Steele, Lea and Flood);
+# the rest brings in the key of the step.
 
-    Every step is invertible, and the multiplier is below 2**31, so that an int64 product never
-    overflows. (The multiplier is T. Mueller's, found by search for avalanche.)
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def _hash(numbers: Tensor, key: Tensor) -> Tensor:
+    """Hash mixed numbers with a key to integers of 32 bits with a sign."""
+    mixed = (numbers ^ key) * _signed(_FIRST)
+    return ((mixed ^ (mixed >> 32)) * _signed(_SECOND)) >> 32
+
+
+def _mixed_numbers(count: int, stream: int, device: torch.device) -> Tensor:
+    """Mix the numbers from 0 to ``count``, another way for each stream."""
+    numbers = torch.arange(count, device=device) * _signed(_GOLDEN)
+    numbers = numbers + _signed(_mix(stream + 1))
+    numbers = (numbers ^ (numbers >> 30)) * _signed(_FIRST)
+    numbers = (numbers ^ (numbers >> 27)) * _signed(_SECOND)
+    return numbers ^ (numbers >> 31)
+
+
+def _counted(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
+def _centres(sources: tuple[int, ...], targets: tuple[int, ...], device: torch.device) -> Tensor:
+    """Number, in a flattened map of labels, the one at the centre of each feature pixel."""
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    for source, target in zip(sources, targets, strict=True):
+        places = ((2 * torch.arange(target, device=device) + 1) * source) // (2 * target)
+        index = (index.unsqueeze(1) * source + places).flatten()
+    return index
+
+
+def _mix(word: int) -> int:
+    """Mix an integer's low 64 bits (splitmix64)."""
+    word = (word + _GOLDEN) & (2**64 - 1)
+    word = ((word ^ (word >> 30)) * _FIRST) & (2**64 - 1)
+    word = ((word ^ (word >> 27)) * _SECOND) & (2**64 - 1)
+    return word ^ (word >> 31)
+
+
+def _signed(word: int) -> int:
+    """Read 64 bits as int64 does."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _kept(make: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
+    """Return ``make(*arguments, device)``; made once, since it depends on sizes alone.
+
+    Not kept where tensors are not what they seem: in a compiler, a fake mode, or a capture, whose
+    memory is the graph's.
     """
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & _MASK
-    return x ^ (x >> 16)
+    device = like.device
+    if torch.compiler.is_compiling() or type(like) is not Tensor or is_capturing(device):
+        return make(*arguments, device)
+    name = (make, arguments, device)
+    if name not in _KEPT:
+        while len(_KEPT) >= _KEPT_AT_MOST:
+            _KEPT.pop(next(iter(_KEPT)))
+        with torch.inference_mode(False):  # or autograd could not use it later
+            _KEPT[name] = make(*arguments, device)
+    return _KEPT[name]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

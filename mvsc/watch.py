@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from mvsc.checks import describe_sizes
-from mvsc.sampling import labels_on_grid
+from mvsc.sampling import is_capturing, labels_on_grid
 
 _STEPS_CHECKED_ON_DEVICE = 3
 """Steps in which labels on a device are read back and checked in full."""
 
 _STEPS_CHECKED_FOR_LOSS = 10
 """Steps in which it is seen whether labels reach the feature grid at all."""
+
+_FEW = 8
+"""Rows or columns of a feature map below which sizes and labels show nothing."""
 
 _IDLE_STEPS = 100
 """Steps without a change after which the centroids count as forgotten by the optimizer."""
@@ -59,7 +62,7 @@ class Watch:
         """Return whether the labels of this step are to be read; on a device, three times."""
         if labels.device.type == "cpu":
             return True
-        if self.checks_left == 0 or _capturing(labels.device):
+        if self.checks_left == 0 or is_capturing(labels.device):
             return False
         self.checks_left -= 1
         return True
@@ -105,7 +108,7 @@ class Watch:
         """
         self.loss_checks_left -= 1
         labelled = labels.long() != ignore_index
-        if self.loss_checks_left < 0 or not bool(labelled.any()):
+        if self.loss_checks_left < 0 or min(size) < _FEW or not bool(labelled.any()):
             return
         if bool((labels_on_grid(labels, size, num_classes, ignore_index) < num_classes).any()):
             return
@@ -129,7 +132,7 @@ class Watch:
         elif self.values_seen is None:
             # A fused optimizer moves values that autograd does not count: compare them, once.
             self.values_seen = centroids.detach().clone()
-        elif self.idle_steps >= _IDLE_STEPS and not _capturing(centroids.device):
+        elif self.idle_steps >= _IDLE_STEPS and not is_capturing(centroids.device):
             if torch.equal(self.values_seen, centroids):
                 self.say(
                     "idle",
@@ -153,7 +156,7 @@ class Watch:
             version, before = centroids._version, self.version_at_backward
             self.version_at_backward = version
             moved = before is not None and version != before
-            if centroids.grad is None or not moved or _capturing(centroids.device):
+            if centroids.grad is None or not moved or is_capturing(centroids.device):
                 return
             # Set to zero in place, or kept: that takes a look.
             if "kept" not in self.said and bool(centroids.grad.any()):
@@ -176,7 +179,7 @@ def _have_a_stride(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
     So if each axis has an integer stride of its own, rounded up or down; or if one stride, of any
     value, fits all axes to a pixel. Of a few pixels nothing can be said.
     """
-    if min(features) < 8:
+    if min(features) < _FEW:
         return True
     pairs = [(min(pair), max(pair)) for pair in zip(features, labels, strict=True)]
     if all(any(n in (m // s, -(-m // s)) for s in (m // n, -(-m // n))) for n, m in pairs):
@@ -186,7 +189,3 @@ def _have_a_stride(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
     lowest = max(m / (n + 1) for n, m in pairs)
     highest = min(m / (n - 1) if n > 1 else float("inf") for n, m in pairs)
     return lowest <= highest
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -74,3 +74,18 @@ class NoHostReads(TorchDispatchMode):
         ):
             raise AssertionError("boolean indexing would wait for the device")
         return func(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Count the operators that a device would have to be asked for: views and empties cost none."""
+
+    free = ("empty", "new_empty", "detach", "promote_types", "scalar_tensor", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        self.count += not (func.is_view or name in self.free or name.startswith("empty_"))
+        return func(*args, **(kwargs or {}))

@@ -1,6 +1,4 @@
 import os
-import sys
-from pathlib import Path
 
 # Maps are tiny here: a second thread gains nothing, and beside other processes it costs most of
 # the time. Before torch is imported, and in the environment, so that every process that a test
@@ -10,9 +8,6 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 import pytest
 import torch
 from hypothesis import Phase, settings
-
-# The oracle and the strategies are plain modules beside the tests.
-sys.path.insert(0, str(Path(__file__).parent))
 
 # For tests/mutations.py, which asks only whether a test fails: the smallest example that shows
 # it would take longer to find than the first.

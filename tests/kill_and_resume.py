@@ -22,8 +22,8 @@ import torch
 
 import tiny_data
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+sys.path.insert(0, str(RECIPES))  # As a script of its own it is not run by pytest.
 from weights import load_state, load_weights  # noqa: E402
 
 SHAPE = "--steps 60 --batch-size 2 --crop 32 32 --scale 64 48 --warmup 5 --no-pretrained"
@@ -44,7 +44,7 @@ def kill_and_resume(folder: Path, kills: int, draw: random.Random) -> None:
     data = tiny_data.make_folder(folder / "data", train=5)
 
     def start(out: Path) -> subprocess.Popen:
-        command = [sys.executable, EXAMPLES / "train.py", *SETTINGS, "--data-root", data]
+        command = [sys.executable, RECIPES / "train.py", *SETTINGS, "--data-root", data]
         # One thread each: beside other work, threads that wait for each other take minutes.
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(

@@ -1,11 +1,8 @@
-import importlib
 import itertools
 import pickle
 import re
 import struct
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,23 +15,10 @@ from scipy.io import savemat
 from torch.testing import assert_close
 from torchvision import tv_tensors
 
+import data
+import decoding
 import tiny_data
-
-# The examples are scripts that import each other as siblings.
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-data = importlib.import_module("data")
-
-MAKERS = {
-    "cocostuff10k": ("cocostuff10k", tiny_data.make_cocostuff10k),
-    "cocostuff10k of mmseg": ("cocostuff10k", tiny_data.make_cocostuff10k_mmseg),
-    "cocostuff164k": ("cocostuff164k", tiny_data.make_cocostuff164k),
-    "cocostuff164k of mmseg": (
-        "cocostuff164k",
-        lambda root: tiny_data.make_cocostuff164k(root, mmseg=True),
-    ),
-    "ade20k": ("ade20k", tiny_data.make_ade20k),
-    "folder": ("folder", tiny_data.make_folder),
-}
+from tiny_data import MAKERS
 
 
 @pytest.fixture(params=MAKERS)
@@ -50,6 +34,11 @@ def folder(tmp_path):
 
 def label_of(root, split="train", index=0, layout="folder"):
     return data.list_split(layout, root, split).pairs[index][1]
+
+
+def test_every_way_to_store_every_data_set_is_tried():
+    stored = [name for name, known in data.DATA_SETS.items() for _ in known.stored]
+    assert [layout for layout, _ in MAKERS.values()] == stored
 
 
 def test_every_layout_gives_images_and_class_indices(made):
@@ -159,7 +148,7 @@ def test_every_mode_of_label_is_read_as_its_numbers_or_refused(
         assert_close(read.numpy(), numbers.astype(np.uint8), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "1"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_a_label_of_colours_is_refused_by_name(folder, mode):
     path = label_of(folder)
     with Image.open(path) as image:
@@ -168,12 +157,23 @@ def test_a_label_of_colours_is_refused_by_name(folder, mode):
         data.open_split("folder", folder, "train")[0]
 
 
-def test_a_label_that_jpeg_has_mixed_is_refused(folder):
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
+def test_a_label_whose_numbers_may_be_mixed_is_refused(folder, kind):
     path = label_of(folder)
     with Image.open(path) as image:
-        image.save(path, "JPEG")  # named .png
-    with pytest.raises(ValueError, match=rf"{path} must hold .* as they are, got JPEG"):
+        image.save(path, kind)  # named .png
+    with pytest.raises(ValueError, match=rf"{path} must hold .* as they are, got {kind}\. Save"):
         data.open_split("folder", folder, "train")[0]
+
+
+def test_a_label_of_one_bit_has_two_classes(folder):
+    path = label_of(folder)
+    stripes = np.indices((40, 56))[0] % 3 == 0
+    Image.fromarray(stripes).save(path)
+    with Image.open(path) as image:
+        assert image.mode == "1"
+    _, label = data.open_split("folder", folder, "train")[0]
+    assert_close(label.numpy(), stripes.astype(np.uint8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -211,10 +211,98 @@ def test_an_image_of_more_bits_is_refused(folder, dtype):
         data.open_split("folder", folder, "train")[0]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(folder):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_names_are_read_in_every_encoding_that_says_what_it_is(folder, encoding):
+    (folder / "classes.txt").write_bytes("cl\u00e9\r\nciel\r\nb\u0153uf\r\n".encode(encoding))
+    assert data.open_split("folder", folder, "train").classes == ("cl\u00e9", "ciel", "b\u0153uf")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16-le"])
+def test_names_in_another_encoding_are_refused(folder, encoding):
     path = folder / "classes.txt"
-    path.write_text(path.read_text("utf-8"), "utf-8-sig")
-    assert data.open_split("folder", folder, "train").classes[0] == "class 0"
+    names = "cl\u00e9\nciel\nvache\n" if encoding == "latin-1" else "sky\nroad\ncar\n"
+    path.write_bytes(names.encode(encoding))
+    with pytest.raises(ValueError, match=rf"{path} must be text in UTF-8, got .* Save it as UTF-8"):
+        data.open_split("folder", folder, "train")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0: sky\n1: road\n2: car",
+        "0 sky\n1 road\n2 car",
+        "0\tsky\n1\troad\n2\tcar\n",
+        "id,name\n0,sky\n1,road\n2,car\n",
+        'index,name,red,green\n0,"sky",1,2\n1,"road",3,4\n2,"car",5,6\n',
+    ],
+)
+def test_names_may_stand_behind_their_numbers(folder, text):
+    (folder / "classes.txt").write_text(text)
+    assert data.open_split("folder", folder, "train").classes == ("sky", "road", "car")
+
+
+def test_a_number_may_be_part_of_a_name(folder):
+    (folder / "classes.txt").write_text("2 doors\n4 doors\nno car")
+    assert data.open_split("folder", folder, "train").classes == ("2 doors", "4 doors", "no car")
+    (folder / "classes.txt").write_text("2 doors\n4 doors\n6 wheels")
+    assert data.open_split("folder", folder, "train").classes[2] == "6 wheels"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1: sky\n2: road\n3: car", "in the order of their indices, 0 first, got .* 1, 2, 3"),
+        ("0: sky\n1: road\n255: void", "0, 1, 255 .* give unlabelled pixels 255"),
+        ("name\nsky\nroad", "got the line 'name' first, which looks like a header"),
+    ],
+)
+def test_names_whose_order_is_another_are_refused(folder, text, expected):
+    path = folder / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path} must .*{expected}"):
+        data.open_split("folder", folder, "train")
+
+
+@pytest.mark.parametrize("suffix", [s.upper() for s in decoding.SUFFIXES] + [".webp"])
+def test_images_of_every_suffix_are_read(folder, suffix):
+    path = data.open_split("folder", folder, "train").pairs[0][0]
+    with Image.open(path) as image:
+        image.save(path.with_suffix(suffix))
+    path.unlink()
+    found = data.open_split("folder", folder, "train")
+    assert len(found) == 4
+    assert found[0][0].shape == (3, 40, 56)
+
+
+def test_two_images_that_would_share_a_label_are_refused(folder):
+    path = data.open_split("folder", folder, "val").pairs[0][0]
+    path.with_suffix(".png").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=rf"got {path.name} and {path.stem}\.png\. Rename"):
+        data.open_split("folder", folder, "val")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("{}.PNG", "rename {}.PNG."),
+        ("{}_gtFine_labelIds.png", "the folder has {}_gtFine_labelIds.png."),
+        ("{}_labelTrainIds.png", "the folder has {}_labelTrainIds.png."),
+    ],
+)
+def test_of_a_label_that_is_called_otherwise_the_rule_is_said(folder, name, expected):
+    path = label_of(folder, "val")
+    path.rename(path.with_name(name.format(path.stem)))
+    rule = rf"{path} is missing\. .* A label is called like its image, with \.png at the end"
+    with pytest.raises(ValueError, match=f"{rule}.*{re.escape(expected.format(path.stem))}"):
+        data.open_split("folder", folder, "val")
+
+
+def test_a_label_whose_name_only_looks_the_same_is_told_from_it(folder):
+    image, label = data.open_split("folder", folder, "val").pairs[0]
+    image.rename(image.with_stem("Z\u00fcrich"))
+    label.rename(label.with_stem("Zu\u0308rich"))
+    with pytest.raises(ValueError, match=r"same name in other Unicode characters \(NFC, NFD\)"):
+        data.open_split("folder", folder, "val")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -230,14 +318,70 @@ def test_an_image_of_any_mode_becomes_rgb(folder, mode):
     assert image.float().std() > 0
 
 
-def test_an_exif_orientation_is_not_applied(folder):
-    path = data.open_split("folder", folder, "train").pairs[0][0]
+def turned(pixels, orientation):
+    """The pixels as a viewer shows them, by the EXIF standard."""
+    if orientation > 4:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_an_image_is_read_as_it_is_shown_in_every_format(tmp_path, suffix, orientation):
+    blocks = np.random.default_rng(0).integers(0, 2, (5, 7, 1), np.uint8) * 255
+    pixels = blocks.repeat(16, 0).repeat(16, 1).repeat(3, 2)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    about = {"tiffinfo": {0x0112: orientation}} if suffix == ".tif" else {"exif": exif}
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(pixels).save(path, **about)
+    shown = turned(pixels, orientation)
+    read = data.read_image(path).permute(1, 2, 0).numpy()
+    assert read.shape == shown.shape
+    assert (np.abs(read.astype(int) - shown) > 100).mean() < 0.01
+    assert decoding.orientation_of(path) == orientation
+
+
+def test_an_orientation_that_cannot_be_read_turns_nothing(tmp_path):
+    path = tmp_path / "image.png"
+    pixels = np.zeros((40, 56, 3), np.uint8)
+    Image.fromarray(pixels).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03")
+    assert data.read_image(path).shape == (3, 40, 56)
+    assert decoding.orientation_of(path) == 1
+
+
+def turn(path, orientation):
     with Image.open(path) as image:
         exif = image.getexif()
-        exif[0x0112] = 6  # a viewer turns the image by 90 degrees
+        exif[0x0112] = orientation
         image.save(path, exif=exif)
-    image, label = data.open_split("folder", folder, "train")[0]
-    assert image.shape[1:] == label.shape == (40, 56)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_a_check_tells_of_images_that_are_shown_turned(folder, orientation):
+    found = data.open_split("folder", folder, "train")
+    turn(found.pairs[0][0], orientation)
+    report = data.check(found)
+    assert report.problems == []
+    (note,) = report.notes
+    assert note.startswith("1 images have an EXIF orientation and are read as viewers show them")
+    assert f"{found.pairs[0][0]} ({orientation})" in note
+    assert data.check(data.open_split("folder", folder, "val")).notes == ()
+
+
+def test_a_label_that_was_not_turned_as_its_image_is_refused(folder):
+    path, label = data.open_split("folder", folder, "train").pairs[0]
+    turn(path, 6)
+    with pytest.raises(ValueError, match=rf"{label} must .* \(56, 40\), got \(40, 56\)\. .*EXIF"):
+        data.open_split("folder", folder, "train")[0]
+    with Image.open(label) as image:
+        image.rotate(-90, expand=True).save(label)
+    image, read = data.open_split("folder", folder, "train")[0]
+    assert image.shape[1:] == read.shape == (56, 40)
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["image", "label"])
@@ -304,6 +448,57 @@ def test_labels_of_version_1_0_are_told_from_those_of_1_1(tmp_path):
         found[0]
 
 
+def test_version_1_0_is_told_by_its_172_names(tmp_path):
+    root = tiny_data.make_cocostuff10k(tmp_path)
+    found = data.open_split("cocostuff10k", root, "train")
+    numbers = np.full((40, 56), 1)  # "unlabeled" there, "person" in version 1.1
+    names = np.array(["unlabeled", *found.classes], object)
+    savemat(found.pairs[0][1], {"S": numbers, "names": names})
+    with pytest.raises(ValueError, match=r"must be of .* 1\.1, got the 172 names of version 1\.0"):
+        found[0]
+    savemat(found.pairs[0][1], {"S": numbers, "names": np.array(["a"] * 182, object)})
+    assert found.classes[found[0][1].unique().item()] == "person"
+
+
+def set_labels(folder, split, change):
+    for _, path in data.open_split("folder", folder, split).pairs:
+        with Image.open(path) as image:
+            numbers = np.array(image)
+        Image.fromarray(change(numbers).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_of_0_and_255_are_a_problem_with_their_cause(folder, split):
+    (folder / "classes.txt").write_text("background\nthing\n")
+    set_labels(folder, "train", lambda numbers: np.where(numbers == 1, 255, 0))
+    set_labels(folder, "val", lambda numbers: np.where(numbers == 1, 255, 0))
+    (problem,) = data.check(data.open_split("folder", folder, split)).problems
+    assert problem.startswith(f"{folder / 'labels' / split} must show at least two classes, found")
+    assert "only 'background'" in problem
+    assert "in masks of 0 and 255 give the foreground its index in place of 255" in problem
+
+
+def test_a_class_without_a_training_pixel_is_a_problem_with_its_name(folder):
+    set_labels(folder, "train", lambda numbers: np.where(numbers == 2, 0, numbers))
+    (problem,) = data.check(data.open_split("folder", folder, "train")).problems
+    assert "must show every class, found no pixel of 1: class 2. Leave out" in problem
+    set_labels(folder, "val", lambda numbers: np.where(numbers == 2, 0, numbers))
+    assert data.check(data.open_split("folder", folder, "val")).problems == []
+
+
+def test_an_image_without_a_labelled_pixel_is_a_problem(folder):
+    path = label_of(folder)
+    Image.fromarray(np.full((40, 56), 255, np.uint8)).save(path)
+    (problem,) = data.check(data.open_split("folder", folder, "train")).problems
+    assert problem.startswith(f"{path} has no labelled pixel")
+
+
+def test_a_number_that_means_void_elsewhere_is_refused_with_the_one_here(folder):
+    set_labels(folder, "train", lambda numbers: np.where(numbers == 255, 11, numbers))
+    with pytest.raises(ValueError, match=r"got \[11\]\. .*give unlabelled pixels 255"):
+        list(data.open_split("folder", folder, "train"))
+
+
 def test_a_label_of_another_size_is_refused(folder):
     path = label_of(folder, index=1)
     Image.fromarray(np.zeros((40, 50), np.uint8)).save(path)
@@ -314,7 +509,7 @@ def test_a_label_of_another_size_is_refused(folder):
 def test_a_missing_label_is_named_when_the_split_is_opened(made):
     path = data.open_split(*made, "val").pairs[1][1]
     path.unlink()
-    with pytest.raises(ValueError, match=rf"{path} is missing .*: 1\)\. .*--check"):
+    with pytest.raises(ValueError, match=rf"{path} is missing\. .* Missing in all: 1; .*--check"):
         data.open_split(*made, "val")
 
 
@@ -353,7 +548,7 @@ def test_layout_and_split_are_checked(folder):
 
 def test_opening_a_split_reads_no_image(made, monkeypatch):
     monkeypatch.setattr(Image, "open", None)
-    monkeypatch.setattr(data, "loadmat", None)
+    monkeypatch.setattr(decoding, "loadmat", None)
     assert len(data.open_split(*made, "train")) == 4
 
 
@@ -365,7 +560,9 @@ def test_a_split_reaches_worker_processes(made):
 def test_a_check_of_whole_data_finds_nothing_and_counts_by_hand(made):
     found = data.open_split(*made, "train")
     report = data.check(found)
-    assert report.problems == []
+    # Four images cannot show 150 classes.
+    assert len(report.problems) == (len(found.classes) > 3)
+    assert all("must show every class, found no pixel of" in text for text in report.problems)
     labels = [found[index][1] for index in range(len(found))]
     for value in (0, 1, 255):
         assert report.pixels[value] == sum((label == value).sum().item() for label in labels)
@@ -383,7 +580,7 @@ def test_a_check_finds_every_problem(folder):
     problems = data.check(data.list_split("folder", folder, "train")).problems
     assert len(problems) == 5
     for path, text in (
-        (a, "No such file"),
+        (a, "is missing"),
         (b_image, "cannot be read"),
         (b, "got [7]"),
         (label_of(folder).with_stem(c_image.stem), "has no image"),

@@ -1,7 +1,7 @@
 """The integration with MMSegmentation, run by its own Runner on the shipped configs.
 
 mmseg needs old pins of its own, so it is no part of the extra `test`: these tests run where
-examples/mmseg/requirements.txt is installed.
+examples/integrations/mmseg/requirements.txt is installed.
 """
 
 import copy
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.testing import assert_close
 
-pytest.importorskip("mmengine", reason="needs examples/mmseg/requirements.txt")
+pytest.importorskip("mmengine", reason="needs examples/integrations/mmseg/requirements.txt")
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -35,7 +35,7 @@ from mmseg.structures import SegDataSample
 from mvsc import MVSCRegularizer
 from mvsc.integrations.mmseg import MVSCEncoderDecoder
 
-EXAMPLE = Path(__file__).parents[1] / "examples/mmseg"
+EXAMPLE = Path(__file__).parents[1] / "examples/integrations/mmseg"
 CONFIGS = EXAMPLE / "configs"
 SEGFORMER_B0_ADE20K = "mvsc_segformer_mit-b0_1xb16-20k_ade20k-512x512.py"
 SEGFORMER_B4_COCO = "mvsc_segformer_mit-b4_1xb16-80k_coco-stuff10k-512x512.py"

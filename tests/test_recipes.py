@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +23,10 @@ import kill_and_resume
 import tiny_data
 
 pytest.importorskip("segmentation_models_pytorch")
-EXAMPLES = Path(__file__).parents[1] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+SCRIPTS = Path(__file__).parents[1] / "examples" / "recipes"
 
 import ablate  # noqa: E402
+import commands  # noqa: E402
 import evaluate  # noqa: E402
 import loading  # noqa: E402
 import models  # noqa: E402
@@ -34,7 +35,7 @@ import train as training  # noqa: E402
 import visualize  # noqa: E402
 import weights  # noqa: E402
 from data import open_split  # noqa: E402
-from recipes import RECIPES, Recipe, Regularizer, check_recipe  # noqa: E402
+from recipes import RECIPES, Recipe, RegularizerOptions, check_recipe  # noqa: E402
 from train import train  # noqa: E402
 
 
@@ -191,7 +192,7 @@ def test_an_epoch_holds_every_image_once_in_another_order():
 def test_the_two_arms_differ_by_the_regularizer_alone(folder, tmp_path):
     # With all weights 0 it adds exactly nothing: another draw of weights, order, augmentation or
     # dropout would show.
-    idle = Regularizer(align_weight=0.0, pull_weight=0.0, classify_weight=0.0)
+    idle = RegularizerOptions(align_weight=0.0, pull_weight=0.0, classify_weight=0.0)
     recipe = tiny(folder, tmp_path / "idle", model="segformer-b0", steps=2, reg=idle)
     train(recipe)
     baseline = replace(recipe, mvsc=False, out=tmp_path / "baseline")
@@ -207,7 +208,7 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(folder, tmp_pa
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="holds a run already. Continue it with --resume"):
         train(recipe)
-    other = replace(recipe, resume=True, lr=0.5, reg=Regularizer(groups=2))
+    other = replace(recipe, resume=True, lr=0.5, reg=RegularizerOptions(groups=2))
     with pytest.raises(ValueError, match=r"lr was 0.001, is 0.5.*Resume it with its own"):
         train(other)
     assert before == {path: path.read_bytes() for path in before}
@@ -374,14 +375,8 @@ def test_the_head_learns_faster_and_norm_layers_do_not_decay():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_on_a_data_set_in_its_layout(name, tmp_path):
-    make = {
-        "cocostuff10k": tiny_data.make_cocostuff10k,
-        "cocostuff164k": tiny_data.make_cocostuff164k,
-        "ade20k": tiny_data.make_ade20k,
-        "folder": tiny_data.make_folder,
-    }
     layout = RECIPES[name][1].layout
-    root = make[layout](tmp_path / "data")
+    root = tiny_data.MAKERS[layout][1](tmp_path / "data")
     small = "--steps 2 --batch-size 2 --crop 32 32 --scale 64 48 --workers 0 --cpu --no-pretrained"
     arguments = [name, "--data-root", str(root), "--out", str(tmp_path / "run"), *small.split()]
     recipe = tyro.extras.overridable_config_cli(RECIPES, args=arguments)
@@ -535,11 +530,10 @@ import sys
 import time
 from pathlib import Path
 import torch
-sys.path.insert(0, sys.argv[1])
 import train as training
 from recipes import Recipe
 
-recipe, kept = Recipe.from_dict(json.loads(sys.argv[2])), []
+recipe, kept = Recipe.from_dict(json.loads(sys.argv[1])), []
 start = training.Run.start
 
 def start_late(run):
@@ -549,14 +543,14 @@ def start_late(run):
 
 training.Run.start = start_late
 
-def attach(model, recipe):
-    kept.extend([model, training.attach(model, recipe)])
+def regularize(model, recipe):
+    kept.extend([model, training.regularize(model, recipe)])
     return kept[1]
 
-training.train(recipe, attach=attach)
+training.train(recipe, regularize=regularize)
 rank = torch.distributed.get_rank()
 states = [part.state_dict() for part in kept]
-torch.save(states, Path(sys.argv[3]) / f"rank{rank}.pt")
+torch.save(states, Path(sys.argv[2]) / f"rank{rank}.pt")
 """
 
 
@@ -567,8 +561,10 @@ def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     recipe = tiny(folder, tmp_path / "run", accumulate=2, crop=(64, 64))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [*launch, script, EXAMPLES, json.dumps(recipe.to_dict()), tmp_path]
-    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    command = [*launch, script, json.dumps(recipe.to_dict()), tmp_path]
+    paths = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([str(part) for part in command], check=True, timeout=300, env=env)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_close(first, second, rtol=0, atol=0)
     assert_close(first[0], state_of(tmp_path / "run")["model"], rtol=0, atol=0)
@@ -631,18 +627,6 @@ def test_a_report_shows_every_picture_and_needs_no_other_file(folder, tmp_path, 
     assert len(list((tmp_path / "own").glob("*_prediction.png"))) == 5
 
 
-def test_the_quickstarts_weights_are_shown_too(tmp_path):
-    import quickstart
-
-    settings = quickstart.Settings(
-        out=tmp_path, encoder="tu-test_resnet", images=4, size=(64, 32), epochs=1, batch_size=2
-    )
-    quickstart.main(replace(settings, device="cpu"))
-    visualize.main(visualize.Settings(tmp_path / "with-mvsc.safetensors", count=1, device="cpu"))
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {"mosaic0_prediction.png", "mosaic0_heatmaps.png", "report.html"} <= names
-
-
 def test_an_ablation_keeps_its_cells_and_names_the_papers_numbers(folder, tmp_path, capsys):
     recipe = tiny(folder, None, steps=1)
     settings = ablate.Settings(recipe, table="groups", seeds=(0, 1), out=tmp_path)
@@ -699,9 +683,132 @@ def press_ctrl_c(command, metrics, lines):
 def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, tmp_path):
     shape = "--steps 2000 --batch-size 2 --crop 32 32 --scale 64 48 --workers 2 --cpu"
     saving = "--no-pretrained --log-every 1 --save-every 5000 --eval-every 5000 --resume"
-    command = [sys.executable, EXAMPLES / "train.py", "folder-segformer-lite0", *shape.split()]
+    command = [sys.executable, SCRIPTS / "train.py", "folder-segformer-lite0", *shape.split()]
     command += [*saving.split(), "--data-root", folder, "--out", tmp_path]
     errors = press_ctrl_c(command, tmp_path / "metrics.jsonl", 3)
     assert f"Stopped and saved in {tmp_path}; go on with --resume." in errors
     steps = [line["step"] for line in training.read_metrics(tmp_path / "metrics.jsonl")]
     assert state_of(tmp_path)["step"] == steps[-1] >= 3
+
+
+def run_script(name, *arguments, **options):
+    command = [sys.executable, SCRIPTS / name, *arguments]
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=env, **options
+    )
+
+
+SMALL = "--steps 1 --batch-size 2 --crop 32 32 --scale 64 48 --workers 0 --cpu --no-pretrained"
+
+
+def assert_one_line(run, expected):
+    assert run.returncode == 1, run.stderr
+    lines = [line for line in run.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert "Traceback" not in run.stderr
+    assert re.search(expected, lines[-1]), run.stderr
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_data_or_disk_is_one_line(folder, tmp_path):
+    broken = tiny_data.make_folder(tmp_path / "broken")
+    (broken / "classes.txt").write_bytes("cl\u00e9\n".encode("latin-1"))
+    train_it = ["folder-segformer-lite0", *SMALL.split(), "--data-root"]
+    run = run_script("train.py", *train_it, broken, "--out", tmp_path / "run")
+    assert_one_line(run, r"classes\.txt must be text in UTF-8")
+    (tmp_path / "file").touch()
+    run = run_script("train.py", *train_it, folder, "--out", tmp_path / "file" / "run")
+    assert_one_line(run, r"Not a directory: .*file/run'")
+    run = run_script("evaluate.py", broken / "classes.txt")
+    assert_one_line(run, r"must be a \.safetensors file that train\.py wrote")
+    run = run_script("prepare_data.py", "folder", "--data-root", tmp_path / "none", "--check")
+    assert run.returncode == 1
+    assert run.stdout.splitlines()[-1] == "2 problems"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_an_error_that_names_the_file(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file.partial").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as done:
+        commands.run(
+            lambda: weights.write_whole(tmp_path / "file", lambda path: path.write_text("a"))
+        )
+    assert done.value.code == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_state_is_named(folder, tmp_path, kept):
+    recipe = tiny(folder, tmp_path, steps=2, resume=True)
+    train(recipe)
+    state = tmp_path / "last.pt"
+    state.write_bytes(state.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{state} must be a state that train\.py wrote, but"):
+        train(recipe)
+
+
+def test_pictures_of_other_classes_are_refused(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data")
+    recipe = tiny(root, tmp_path / "run", steps=2)
+    train(recipe)
+    (root / "classes.txt").write_text("class 1\nclass 0\nclass 2\n")
+    settings = visualize.Settings(recipe.out / "last.safetensors", device="cpu")
+    with pytest.raises(ValueError, match=r"classes of the weights, class 0, .*, got class 1"):
+        visualize.main(settings)
+
+
+def test_a_validation_of_a_single_class_warns_of_masks_of_0_and_255(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data", classes=2)
+    for path in root.glob("labels/*/*.png"):
+        with Image.open(path) as image:
+            numbers = np.array(image)
+        Image.fromarray(np.where(numbers == 1, 255, 0).astype(np.uint8)).save(path)
+    with pytest.warns(UserWarning, match="show a single class; .* Masks of 0 and 255 must have"):
+        train(tiny(root, tmp_path / "run", steps=1))
+
+
+def test_a_prediction_lies_as_its_image_is_shown(folder, tmp_path):
+    train(tiny(folder, tmp_path / "run", steps=2))
+    photo = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken upright: stored on its side
+    with Image.open(next((folder / "images" / "val").iterdir())) as image:
+        image.save(photo, exif=exif)
+        width, height = image.size
+    weights_file = tmp_path / "run" / "last.safetensors"
+    predict.main(predict.Settings(weights_file, (photo,), out=tmp_path / "out", device="cpu"))
+    for name in ("photo_mask.png", "photo_overlay.jpg"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size == (height, width)
+            assert picture.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "predict", "visualize", "ablate", "prepare_data"]
+)
+@pytest.mark.slow
+def test_every_script_runs_from_any_folder(name, tmp_path):
+    run = run_script(f"{name}.py", "--help", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "usage:" in run.stdout
+
+
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d "
+    "--rdzv-endpoint 127.0.0.1:0",
+    # On CPUs it starts several processes through MPI only.
+    "accelerate launch": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_recipe_is_trained_by_the_launchers_of_the_docs(folder, tmp_path, name):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", *LAUNCHERS[name].split(), SCRIPTS / "train.py"]
+    command += ["folder-segformer-lite0", *SMALL.split(), "--batch-size", 4, "--crop", 64, 64]
+    command += ["--data-root", folder, "--out", out]
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    assert {"best.safetensors", "last.pt", "scores.json"} <= {path.name for path in out.iterdir()}

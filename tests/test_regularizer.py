@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from batches import IGNORE, Batch, NoHostReads, batches
+from batches import IGNORE, Batch, Launches, NoHostReads, batches
 from mvsc import MVSCRegularizer, sampling
 from mvsc.classifier import classify_vectors
 
@@ -540,6 +540,19 @@ def test_the_hot_path_reads_nothing_back(monkeypatch):
         step.loss()
 
 
+@pytest.mark.parametrize(("groups", "most"), [(4, 148), (1, 100)])
+def test_a_step_is_few_operators(groups, most, monkeypatch):
+    # On a GPU each is a launch, which costs more than what it computes.
+    monkeypatch.setattr("mvsc.watch.Watch.may_read", lambda self, labels: False)
+    step = example(groups=groups)
+    step.loss().backward()  # What depends on sizes alone is made once.
+    for leaf in step.leaves():
+        leaf.grad = None
+    with Launches() as launches:
+        step.loss().backward()
+    assert launches.count <= most
+
+
 OLD_COMPILER = pytest.mark.skipif(
     torch.__version__ < "2.7", reason="with dynamic=True torch 2.6 cannot trace integer hashes"
 )
@@ -595,7 +608,9 @@ class OnADevice(TorchFunctionMode):
 def test_labels_out_of_range_on_a_device_raise_at_first_and_are_masked_and_counted_later(
     monkeypatch,
 ):
-    monkeypatch.setattr("mvsc.watch._capturing", lambda device: False)
+    for module in ("watch", "sampling"):
+        monkeypatch.setattr(f"mvsc.{module}.is_capturing", lambda device: False)
+    monkeypatch.setattr("mvsc.sampling._KEPT", {})  # what is kept here is on no device
     step = example(pull_weight=0.0)
     wrong = step.labels.clone()
     wrong[1, 3, :4] = 77

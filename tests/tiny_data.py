@@ -1,4 +1,4 @@
-"""Data sets of a few small images, in the layouts that examples/data.py reads."""
+"""Data sets of a few small images, in the layouts that examples/recipes/data.py reads."""
 
 from pathlib import Path
 
@@ -90,3 +90,17 @@ def _save_image(path, pixels):
 def _write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, "utf-8")
+
+
+MAKERS = {
+    "cocostuff10k": ("cocostuff10k", make_cocostuff10k),
+    "cocostuff10k of mmseg": ("cocostuff10k", make_cocostuff10k_mmseg),
+    "cocostuff164k of mmseg": (
+        "cocostuff164k",
+        lambda root: make_cocostuff164k(root, mmseg=True),
+    ),
+    "cocostuff164k": ("cocostuff164k", make_cocostuff164k),
+    "ade20k": ("ade20k", make_ade20k),
+    "folder": ("folder", make_folder),
+}
+"""The layout, and what makes a data set, of each way to store one that data.DATA_SETS knows."""

@@ -31,7 +31,10 @@ def lower_bounds() -> list[str]:
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    named = [project["dependencies"], *(extras[e] for e in ("plot", "examples", "test"))]
+    named = [
+        project["dependencies"],
+        *(extras[e] for e in ("plot", "quickstart", "examples", "test")),
+    ]
     lines = [line for lines in named for line in lines if not line.startswith(HOSTS)]
     return [line.replace(">=", "==") for line in lines if ">=" in line]
 

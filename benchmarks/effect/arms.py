@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
+from mvsc.segment import segment_sum
 from pytorch_metric_learning.losses import ProxyAnchorLoss, SupConLoss
 from torch import Tensor, nn
 
@@ -21,9 +22,10 @@ from data import IGNORE, SegmentationData, check
 from mvsc import MVSCRegularizer, MVSCTerms, equations
 from mvsc.finding import find_classifier
 from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
-from mvsc.segment import segment_sum
 from recipes import Recipe
-from train import Attach, Criterion, attach, cross_entropy
+from train import Criterion, cross_entropy
+from train import Regularize as Attach
+from train import regularize as attach
 
 Vectors = Callable[[Tensor], Tensor]
 

@@ -9,7 +9,7 @@ results/; a cell that is there is not run again, one that was killed goes on whe
 ``--part I N`` this process takes every N-th cell, so that several can share the work.
 
 Both runs of a pair have the same initial weights, order of the images and augmentation, since
-all of them depend on the seed alone (examples/loading.py).
+all of them depend on the seed alone (examples/recipes/loading.py).
 """
 
 import json
@@ -30,11 +30,10 @@ import tyro
 from torch import Tensor
 
 HERE = Path(__file__).parent
-for folder in (HERE, HERE.parent, HERE.parents[1] / "examples"):
+for folder in (HERE, HERE.parent, HERE.parents[1] / "examples" / "recipes"):
     sys.path.insert(0, str(folder))
 
 import arms  # noqa: E402
-
 from data import IGNORE, SegmentationData, open_split  # noqa: E402
 from evaluate import confusion_matrix, evaluate, scores  # noqa: E402
 from measure import machine  # noqa: E402

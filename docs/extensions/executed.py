@@ -15,10 +15,10 @@ class Executed(SphinxDirective):
     """Run a script that leaves a matplotlib ``figure`` behind; an exception fails the build."""
 
     required_arguments = 1
-    option_spec: ClassVar = {"alt": directives.unchanged_required}
+    option_spec: ClassVar = {"alt": directives.unchanged_required, "no-code": directives.flag}
 
     def run(self) -> list[nodes.Node]:
-        """Return the picture and the code below it."""
+        """Return the picture and, unless it is not asked for, the code below it."""
         name, path = self.env.relfn2path(self.arguments[0])
         self.env.note_dependency(name)
         script = Path(path)
@@ -31,6 +31,8 @@ class Executed(SphinxDirective):
         figure.savefig(picture, dpi=200)
         code = script.read_text("utf-8").split('"""\n', 2)[-1].strip()
         image = nodes.image(uri=f"/_build/pictures/{picture.name}", alt=self.options["alt"])
+        if "no-code" in self.options:
+            return [image]
         return [image, nodes.literal_block(code, code, language="python")]
 
 

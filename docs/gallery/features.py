@@ -1,10 +1,10 @@
 """Features coloured by their first three principal components."""
 
-import mosaics
 import torch
 from matplotlib.figure import Figure
 
-from mvsc import plotting
+import mosaics
+from pictures import draw_classes
 
 images, labels = mosaics.mosaics(40)
 shown = [1, 3, 6, 8]
@@ -13,9 +13,9 @@ figure = Figure((7, 6.7), layout="constrained")
 axes = figure.subplots(4, len(shown))
 for (top, below, *_), i in zip(axes.T, shown, strict=True):
     top.imshow(images[i].movedim(0, -1))
-    plotting.draw_classes(below, labels[i])
+    draw_classes(below, labels[i])
 for row, regularized in zip(axes[2:], (False, True), strict=True):
-    features = mosaics.features_of(mosaics.trained(regularized).model, images)
+    features = mosaics.features_of(mosaics.trained(regularized=regularized), images)
     pixels = torch.nn.functional.normalize(features, dim=1).movedim(1, -1)
     rows = pixels.flatten(0, 2)
     scores = (rows - rows.mean(dim=0)) @ torch.pca_lowrank(rows, q=3, niter=4)[2]

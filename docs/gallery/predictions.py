@@ -1,13 +1,12 @@
 """Predictions beside labels and their difference, as in the paper's Fig. 6."""
 
 import mosaics
-
-from mvsc import plotting
+from pictures import predictions
 
 images, labels = mosaics.mosaics(3)
 predicted = {
-    "cross-entropy": mosaics.predict(mosaics.trained(regularized=False).model, images),
-    "with MVSC": mosaics.predict(mosaics.trained(regularized=True).model, images),
+    "cross-entropy": mosaics.predict(mosaics.trained(regularized=False), images),
+    "with MVSC": mosaics.predict(mosaics.trained(regularized=True), images),
 }
 
-figure = plotting.predictions(images, labels, predicted, names=mosaics.NAMES)
+figure = predictions(images, labels, predicted, names=mosaics.NAMES)

@@ -1,13 +1,13 @@
 """Measure a trained segmenter: mIoU, mAcc and pixel accuracy, whole image at the test scale.
 
-    python examples/evaluate.py runs/NAME/best.safetensors
-    python examples/evaluate.py runs/NAME/best.safetensors --window 512 --stride 340
+    python examples/recipes/evaluate.py runs/NAME/best.safetensors
+    python examples/recipes/evaluate.py runs/NAME/best.safetensors --window 512 --stride 340
 
 Images are fitted into the recipe's scale; logits are brought back to the labels' own size before
 they are judged. There is no test-time augmentation. ``--window`` slides over the resized image.
 """
 
-import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +22,10 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from commands import run
 from data import IGNORE, SegmentationData, open_split
 from loading import fit, outlive_interruptions, reading
 from models import Segmenter, build, logits_of
-from quickstart import pick_device
 from recipes import Recipe
 from weights import load_weights
 
@@ -46,6 +46,13 @@ class Settings:
     """Processes that load images."""
     device: str = "auto"
     """For example "cuda", "mps" or "cpu"; by default the best there is."""
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; of "auto", the best there is."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @torch.no_grad()
@@ -86,7 +93,7 @@ def check_window(window: int | None, stride: int | None = None) -> None:
         raise ValueError(f"window must be at least 1, got {window}.")
     if stride is not None and (window is None or not 1 <= stride <= window):
         raise ValueError(
-            f"stride must be in 1 .. window, which is {window}, got {stride}. Leave it away for "
+            f"stride must be in 1 .. window, which is {window}, got {stride}. Leave it out for "
             "two thirds of the window."
         )
 
@@ -164,6 +171,13 @@ def evaluate(
     if not found.any():
         folder = data.pairs[0][1].parent
         raise ValueError(f"{folder} must have a labelled pixel, found none. Check its labels.")
+    if len(data.classes) > 1 and (found.sum(dim=1) > 0).sum() == 1:
+        warnings.warn(
+            "The validation labels show a single class; all scores are about that one. Masks of 0 "
+            "and 255 must have the foreground's index in place of 255. prepare_data.py --check "
+            "says more.",
+            stacklevel=2,
+        )
     return scores(found)
 
 
@@ -203,17 +217,22 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
     return segmenter, recipe, classes
 
 
+def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
+    """Raise unless data have the classes of the weights, in their order."""
+    if list(classes) != list(data.classes):
+        raise ValueError(
+            f"the data must have the classes of the weights, {', '.join(classes)}, got "
+            f"{', '.join(data.classes)}. Complete classes.txt in the order of the training."
+        )
+
+
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     check_window(settings.window, settings.stride)
     segmenter, recipe, classes = load_segmenter(settings.weights, device)
     recipe = replace(recipe, workers=settings.workers)
     data = open_split(recipe.layout, settings.data_root or recipe.data_root, "val")
-    if list(classes) != list(data.classes):
-        raise ValueError(
-            f"the data must have the classes of the weights, {', '.join(classes)}, got "
-            f"{', '.join(data.classes)}. Complete classes.txt in the order of the training."
-        )
+    check_classes(classes, data)
     result = evaluate(
         segmenter, data, recipe, device, window=settings.window, stride=settings.stride
     )
@@ -229,7 +248,4 @@ def print_scores(result: dict[str, Any], classes: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings))
-    except ValueError as error:
-        sys.exit(f"{error}")
+    run(lambda: main(tyro.cli(Settings)))

@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 import tyro
 
+from data import Layout
+
 
 @dataclass(frozen=True)
-class Regularizer:
+class RegularizerOptions:
     """Options of mvsc.MVSCRegularizer; see its documentation."""
 
     groups: int = 4
@@ -41,7 +43,7 @@ class Recipe:
     data_root: Path
     """Folder of the data set; see prepare_data.py."""
     name: tyro.conf.Suppress[str] = "custom"
-    layout: Literal["cocostuff10k", "cocostuff164k", "ade20k", "folder"] = "folder"
+    layout: Layout = "folder"
     """How the data set lies in its folder."""
     out: Path | None = None
     """Folder of the run; by default runs/RECIPE-mvsc-seed0, or -baseline-."""
@@ -63,7 +65,7 @@ class Recipe:
 
     mvsc: bool = True
     """Train with MVSC; --no-mvsc is the baseline."""
-    reg: Regularizer = field(default_factory=Regularizer)
+    reg: RegularizerOptions = field(default_factory=RegularizerOptions)
 
     steps: int = 80_000
     """Optimisation steps."""
@@ -119,7 +121,7 @@ class Recipe:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         values["data_root"] = Path(values["data_root"])
         values["out"] = Path(values["out"]) if values.get("out") else None
-        return cls(**{**values, "reg": Regularizer(**values.get("reg", {}))})
+        return cls(**{**values, "reg": RegularizerOptions(**values.get("reg", {}))})
 
 
 FREE = {"data_root", "out", "resume", "workers", "cpu", "log_every", "save_every", "eval_every"}

@@ -53,6 +53,17 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Load what ``save_state`` saved; nothing in the file is executed."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """Load what ``save_state`` saved; nothing in the file is executed.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # broken bytes lead torch to errors of any kind
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} must be a state that train.py wrote, but cannot be read: {reason}. Choose "
+            "another folder with --out."
+        ) from error
     return state

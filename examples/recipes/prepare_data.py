@@ -1,8 +1,8 @@
 """Download a data set, unpack it safely and leave it as data.py reads it; or check one.
 
-    python examples/prepare_data.py cocostuff10k --data-root data/cocostuff10k
-    python examples/prepare_data.py ade20k --data-root data/ade20k --archive DOWNLOADED.zip
-    python examples/prepare_data.py folder --data-root DIR --check
+    python examples/recipes/prepare_data.py cocostuff10k --data-root data/cocostuff10k
+    python examples/recipes/prepare_data.py ade20k --data-root data/ade20k --archive DOWNLOADED.zip
+    python examples/recipes/prepare_data.py folder --data-root DIR --check
 
 A download that broke off goes on where it stopped when the command is run again. ``--check`` reads
 every file, prints all problems and how often each class occurs, and exits with 1 for problems.
@@ -22,24 +22,29 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data import IGNORE, Report, SegmentationData, check, list_split, open_split
+from commands import run
+from data import (
+    DATA_SETS,
+    GIB,
+    Archive,
+    Layout,
+    Report,
+    SegmentationData,
+    check,
+    list_split,
+    open_split,
+)
+from decoding import IGNORE
 
 SPLITS = ("train", "val")
-PUBLISHED = {  # numbers of images
-    "cocostuff10k": {"train": 9000, "val": 1000},
-    "cocostuff164k": {"train": 118287, "val": 5000},
-    "ade20k": {"train": 20210, "val": 2000},
-}
-GIB = 2**30
 BLOCK = 2**16  # bytes; what a killed download loses at most
 FAILURES = 5  # connections in a row that bring nothing, before a download gives up
 PAUSE = 2.0  # seconds before the second of them; doubled each time
@@ -49,7 +54,7 @@ PAUSE = 2.0  # seconds before the second of them; doubled each time
 class Settings:
     """Download and unpack a data set, or check one that is there."""
 
-    layout: tyro.conf.Positional[Literal["cocostuff10k", "cocostuff164k", "ade20k", "folder"]]
+    layout: tyro.conf.Positional[Layout]
     """The data set; "folder", a plain folder, can only be checked."""
     data_root: Path
     """Folder of the data set, which will hold images/ and annotations/."""
@@ -60,57 +65,6 @@ class Settings:
     sha256: tuple[str, ...] = ()
     """Checksums that the archives must have, in the order in which they are used."""
 
-
-class Archive(NamedTuple):
-    """A published archive and what is wanted of it."""
-
-    url: str
-    parts: dict[str, str]
-    """Folders in the archive (or in its one top folder), and where they go below the root."""
-    limit: int
-    """Bytes that it may unpack to: several times what it holds."""
-    checksum: str = ""
-    """What others published of it; the authors of the data sets published none."""
-
-
-CALVIN = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
-COCO = "http://images.cocodataset.org/zips"
-ARCHIVES = {
-    "cocostuff10k": [
-        Archive(
-            f"{CALVIN}/cocostuff-10k-v1.1.zip",
-            {name: name for name in ("images", "annotations", "imageLists")},
-            limit=16 * GIB,
-        )
-    ],
-    "cocostuff164k": [
-        Archive(
-            f"{COCO}/train2017.zip",
-            {"train2017": "images/train2017"},
-            limit=64 * GIB,
-            checksum="md5:cced6f7f71b7629ddf16f17bbcfab6b2",
-        ),
-        Archive(
-            f"{COCO}/val2017.zip",
-            {"val2017": "images/val2017"},
-            limit=4 * GIB,
-            checksum="md5:442b8da7639aecaf257c1dceb8ba8c80",
-        ),
-        Archive(
-            f"{CALVIN}/stuffthingmaps_trainval2017.zip",
-            {name: f"annotations/{name}" for name in ("train2017", "val2017")},
-            limit=8 * GIB,
-        ),
-    ],
-    "ade20k": [
-        Archive(
-            "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-            {name: name for name in ("images", "annotations")},
-            limit=8 * GIB,
-            checksum="sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7",
-        )
-    ],
-}
 
 # What zipfile and tarfile raise for archives that are broken, encrypted or packed otherwise.
 BROKEN = (
@@ -138,9 +92,9 @@ def main(settings: Settings) -> int:
 
 def prepare(settings: Settings) -> None:
     layout, root = settings.layout, settings.data_root
-    if layout not in ARCHIVES:
+    archives = DATA_SETS[layout].archives
+    if not archives:
         raise ValueError('layout "folder" has nothing to download. Use --check to check a folder.')
-    archives = ARCHIVES[layout]
     own = given_archives(settings.archive, archives)
     if settings.sha256 and len(settings.sha256) != len(archives):
         raise ValueError(
@@ -173,7 +127,7 @@ def name_of(archive: Archive) -> str:
     return archive.url.rpartition("/")[2]
 
 
-def given_archives(paths: tuple[Path, ...], archives: list[Archive]) -> dict[str, Path]:
+def given_archives(paths: tuple[Path, ...], archives: Sequence[Archive]) -> dict[str, Path]:
     """The user's archives by official name; where there is one only, it may be called anything."""
     names = [name_of(archive) for archive in archives]
     own = {names[0]: paths[0]} if len(names) == len(paths) == 1 else {p.name: p for p in paths}
@@ -344,7 +298,7 @@ def check_members(
 
 def report(layout: str, root: Path) -> int:
     """Print the problems of both splits and how often each class occurs; return their number."""
-    problems, found = [], []
+    problems, notes, found = [], [], []
     classes: tuple[str, ...] = ()
     for split in SPLITS:
         try:
@@ -356,17 +310,18 @@ def report(layout: str, root: Path) -> int:
         classes = data.classes
         found.append(check(data))
         problems += found[-1].problems
+        notes += found[-1].notes
         print(f"{split}: {how_many(data, layout, split)}")
     if classes:
         print(frequencies(classes, found))
-    for problem in problems:
-        print(problem)
+    for text in (*notes, *problems):
+        print(text)
     print(f"{len(problems)} problems")
     return len(problems)
 
 
 def how_many(data: SegmentationData, layout: str, split: str) -> str:
-    published = PUBLISHED.get(layout, {}).get(split, len(data))
+    published = DATA_SETS[layout].published.get(split, len(data))
     return f"{len(data)} images" + f", of {published} published" * (len(data) != published)
 
 
@@ -385,17 +340,10 @@ def frequencies(classes: tuple[str, ...], reports: list[Report]) -> str:
 
 
 def command_line() -> None:
-    try:
-        sys.exit(main(tyro.cli(Settings)) > 0)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted; run the same command again: a download goes on where it stopped.",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+    run(
+        lambda: sys.exit(main(tyro.cli(Settings)) > 0),
+        "Interrupted; run the same command again: a download goes on where it stopped.",
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Segment images with trained weights: a mask of class indices and an overlay for each.
 
-    python examples/predict.py runs/NAME/best.safetensors photo.jpg more_photos/ --out predictions
+    python examples/recipes/predict.py runs/NAME/best.safetensors photo.jpg more_photos/
 
 Masks keep the size of their image and hold class indices (PNG, with the colours as a palette);
 overlays are for looking at. What is there already is written anew.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +15,11 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data import SUFFIXES, names_in, read_image
-from evaluate import check_window, load_segmenter, logits_at
-from mvsc.plotting import class_colors
-from quickstart import pick_device
+from commands import run
+from data import names_in, read_image
+from decoding import SUFFIXES
+from evaluate import check_window, load_segmenter, logits_at, pick_device
+from pictures import class_colors
 from weights import write_whole
 
 
@@ -101,7 +101,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings))
-    except ValueError as error:
-        sys.exit(f"{error}")
+    run(lambda: main(tyro.cli(Settings)))

