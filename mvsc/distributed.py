@@ -106,6 +106,7 @@ def assert_in_sync(regularizer: nn.Module) -> None:
                 f"{theirs} on rank {other}. Build it with the same sizes everywhere."
             )
     for name, tensor in state.items():
+        tensor = tensor.to(next(iter(state.values())).device)  # An optimizer counts on the CPU.
         if hasattr(tensor, "full_tensor"):  # Sharded by FSDP2.
             tensor = tensor.full_tensor()
         copies = [torch.empty_like(tensor) for _ in range(world_size(group))]
