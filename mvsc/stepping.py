@@ -147,8 +147,8 @@ class Stepper:
             )
         if self.make == "own" and not state:
             # As AdamW begins. A checkpoint that is loaded in place finds all of it by name.
-            zeros = torch.zeros_like(centroids, requires_grad=False)
-            state = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros}
+            first, second = (torch.zeros_like(centroids, requires_grad=False) for _ in range(2))
+            state = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
         if state:
             groups = made.state_dict()["param_groups"]
             made.load_state_dict({"state": {0: state}, "param_groups": groups})
