@@ -28,7 +28,7 @@ MAPS = ((4, 256, 128, 171), (16, 256, 128, 171), (16, 128, 96, 39), (16, 256, 64
 
 
 def rows_of(features: Tensor) -> Tensor:
-    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+    return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
 
 
 def wide(features: Tensor) -> torch.dtype:
@@ -156,7 +156,9 @@ def compare(
     labels = labels.repeat_interleave(8, 2)
     cells = labels + classes * draw(4, *labels.shape)
     features = torch.randn(batch, dim, side, side, generator=generator, device=device).to(dtype)
-    features = features.contiguous(memory_format=LAYOUTS[layout])
+    # As the kernel flattens them: (batch, D, pixels), whatever the layout.
+    features = features.contiguous(memory_format=LAYOUTS[layout]).flatten(2)
+    cells = cells.flatten(1)
     exact = rows_of(features).double()
     exact = exact.new_zeros(num_cells, dim).index_add_(0, cells.flatten(), exact)
     table = torch.randn(num_cells, dim, generator=generator, device=device)
@@ -171,7 +173,7 @@ def compare(
         ways[f"sum: {name}"] = lambda add=add: add(features, cells, num_cells)
     for name, spread in SPREADS[layout].items():
         found = spread(table, cells, dtype)
-        assert torch.equal(found, table.to(dtype)[cells].permute(0, 3, 1, 2)), f"{name} is wrong"
+        assert torch.equal(found, table.to(dtype)[cells].transpose(1, 2)), f"{name} is wrong"
         ways[f"gradient: {name}"] = lambda spread=spread: spread(table, cells, dtype)
     return timed(ways, device)
 

@@ -1,7 +1,6 @@
-"""What the benchmarks share: interleaved medians, and results as JSON and a Markdown table."""
+"""What the benchmarks share: interleaved medians, and results as Markdown tables."""
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -67,7 +66,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(name: str, device: torch.device, tables: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the tables and keep them as ``results/<name>-<device>.json`` and ``.md``."""
+    """Print the tables and keep them as ``results/<name>-<device>.md``, which the docs show."""
     where = machine(device)
     text = "\n\n".join(
         [
@@ -78,9 +77,7 @@ def write(name: str, device: torch.device, tables: dict[str, list[dict[str, Any]
     )
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    document = json.dumps({"machine": where, "tables": tables}, indent=1)
-    for suffix, content in (("json", document), ("md", text + "\n")):
-        path = RESULTS / f"{name}-{device.type}.{suffix}"
-        partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(content)
-        partial.replace(path)
+    path = RESULTS / f"{name}-{device.type}.md"
+    partial = path.with_suffix(".md.partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)

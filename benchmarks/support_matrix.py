@@ -4,26 +4,27 @@
     python benchmarks/support_matrix.py torchvision     # one of them
     python benchmarks/support_matrix.py --render        # only write the page again
 
-Models are built from their configuration with random weights; nothing is downloaded. The rows of
-a library go to `benchmarks/support_matrix/<library>.json`, and all files together make
-`docs/support_matrix.md`, so a library may live in an environment of its own. A row works only if
+Models (`support_cases.py`) are built from their configuration with random weights; nothing is
+downloaded. A run replaces the rows of its libraries in `benchmarks/support_matrix.jsonl`, one line
+a model, and writes `docs/support_matrix.md`, so a library may live in an environment of
+its own. A row works only if
 
+- attach, or what its refusal says to write, took the right layer, and so did `example=`;
 - attach and detach changed no key of the state dict and no bit of the output in evaluation;
 - the tapped features, sent through the picked classifier, gave the model's own logits, and came
   from before a dropout wherever one fed the classifier;
-- align and classify changed the gradient of the first encoder layer, and pull did not;
+- align and classify changed the gradient of the encoder, and pull did not;
 - a step on the sum of all losses moved the centroids and left every parameter finite.
 """
 
 import argparse
-import importlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,18 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach
+from mvsc.classifier import base_of, widths
+from mvsc.finding import find_classifier
+from support_cases import CLASSES, LIBRARIES, Case
 
-ROWS = Path(__file__).parent / "support_matrix"
+ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parents[1] / "docs" / "support_matrix.md"
-CLASSES = 13
-QUERIES = "examples/integrations/query_models.py"
-LRASPP = "examples/integrations/torchvision_lraspp.py"
+NAMED = re.compile(r'mvsc\.attach\(model, classifier="(.+?)"\)')
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; a library's file holds a list of these."""
+    """One line of the table and of the file."""
 
     library: str
     version: str
@@ -57,63 +59,92 @@ class Row:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model to build; `logits` takes them out of its output, `refused` is in the refusal."""
-
-    model: str
-    build: Callable[[], nn.Module]
-    logits: Callable[[Any], Tensor] = lambda output: output
-    size: int = 64
-    refused: str = ""
-    note: str = ""
-
-
 def examine(library: str, release: str, case: Case) -> Row:
     """Build the model of a case, check every claim, and return its row."""
     torch.manual_seed(0)
     model = case.build()
     row = partial(Row, library, release, case.model, note=case.note)
+    inputs = case.inputs() if case.inputs else torch.randn(2, 3, case.size, case.size)
     if case.refused:
-        try:
-            attach(model)
-        except ClassifierNotFoundError as error:
-            require(case.refused in str(error), f"the message lacks {case.refused!r}: {error}")
-            return row(result="refused")
-        raise AssertionError(f"{case.model} must be refused")
+        check_refusal(model, inputs, case)
+        return row(result="refused")
 
-    images = torch.randn(2, 3, case.size, case.size)
-    labels = torch.randint(0, CLASSES, (2, case.size, case.size))
-    keys, logits = list(model.state_dict()), evaluate(model, images, case)
-    reg = attach(model)
+    keys, logits = list(model.state_dict()), evaluate(model, inputs, case)
+    reg, result = attach_as_told(model, inputs, case)
+    proved = find_classifier(model, None, inputs) if result != "works, named" else case.path
+    require(proved == reg.classifier_path, f"example= takes {proved}")
     require(list(model.state_dict()) == keys, "attach changed the state dict")
-    require(torch.equal(evaluate(model, images, case), logits), "attach changed the output")
-    features, tap = check_tap(model, reg, images, logits)
-    check_step(model, reg, images, labels, case)
-    trained = evaluate(model, images, case)
+    require(torch.equal(evaluate(model, inputs, case), logits), "attach changed the output")
+    features, tap = check_tap(model, reg, inputs, logits)
+    check_step(model, reg, inputs, case)
+    trained = evaluate(model, inputs, case)
     reg.detach()
     require(list(model.state_dict()) == keys, "detach changed the state dict")
-    require(torch.equal(evaluate(model, images, case), trained), "detach changed the output")
+    require(torch.equal(evaluate(model, inputs, case), trained), "detach changed the output")
 
     classifier = model.get_submodule(reg.classifier_path)
-    if isinstance(classifier, nn.Linear):
-        kernel, dim, height = "linear", classifier.in_features, features.shape[1]
-    else:
-        kernel = "x".join(map(str, classifier.kernel_size))
-        dim, height = classifier.in_channels, features.shape[2]
-    return row(reg.classifier_path, kernel, dim, case.size // height, tap, result="works")
+    kernel = getattr(base_of(classifier), "kernel_size", None)
+    # Of tokens the grid is not to be seen.
+    maps = isinstance(inputs, Tensor) and (features.ndim > 3 or inputs.ndim == 3)
+    stride = inputs.shape[-1] // features.shape[-1] if maps else None
+    return row(
+        reg.classifier_path,
+        "linear" if kernel is None else "x".join(map(str, kernel)),
+        widths(classifier)[0],
+        stride,
+        tap,
+        result,
+    )
+
+
+def attach_as_told(model: nn.Module, inputs: Any, case: Case) -> tuple[AttachedRegularizer, str]:
+    """Attach, following what a refusal says, and check that the right layer was taken."""
+    result = "works"
+    try:
+        reg = attach(model)
+    except ClassifierNotFoundError as error:
+        names = NAMED.findall(str(error))
+        if names and names[0] != "path.of.the.layer":
+            reg, result = attach(model, classifier=names[0]), "works, named as it says"
+        elif "example=" in str(error):
+            try:
+                reg, result = attach(model, example=inputs), "works with `example=`"
+            except ClassifierNotFoundError:  # Several are as good: one has to be named.
+                reg, result = attach(model, classifier=case.path), "works, named"
+        else:
+            raise
+    require(case.path in ("", reg.classifier_path), f"{reg.classifier_path}, not {case.path}")
+    return reg, result
+
+
+def check_refusal(model: nn.Module, inputs: Any, case: Case) -> None:
+    """Check that nothing is taken, with `example=` neither, and that the message helps."""
+    for options in ({}, {"example": inputs}):
+        try:
+            attach(model, **options)
+        except ClassifierNotFoundError as error:
+            require(case.refused in str(error), f"the message lacks {case.refused!r}: {error}")
+            for name in NAMED.findall(str(error)):
+                require(name == "path.of.the.layer", f"the message says to take {name}")
+        except ValueError as error:  # The example led to nothing like logits.
+            require("example must lead to logits" in str(error), str(error))
+        else:
+            raise AssertionError(f"{case.model} must be refused")
 
 
 def check_tap(
-    model: nn.Module, reg: AttachedRegularizer, images: Tensor, logits: Tensor
+    model: nn.Module, reg: AttachedRegularizer, inputs: Any, logits: Tensor
 ) -> tuple[Tensor, str]:
     """Check that the features are what the logits are made of; say where they were taken."""
     classifier = model.get_submodule(reg.classifier_path)
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
     rates = [dropout.p for dropout in dropouts]
-    entered: list[Tensor] = []
-    dropped: list[tuple[Tensor, _DropoutNd]] = []
-    handles = [classifier.register_forward_pre_hook(lambda _, args: entered.append(args[0]))]
+    dropped: list[tuple[Tensor, int, str]] = []
+    handles = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        dropped.append((output, output._version, type(module).__name__))
+
     # As in evaluation, but the tap listens. A dropout in front of the classifier drops nothing and
     # shows by its output; at p = 0 it would hand on its very input.
     model.eval()
@@ -121,44 +152,62 @@ def check_tap(
     for dropout in dropouts:
         dropout.train()
         dropout.p = 1e-9
-        handles.append(
-            dropout.register_forward_hook(lambda m, _, output: dropped.append((output, m)))
-        )
-    model(images)
-    features = reg._tap.features
+        handles.append(dropout.register_forward_hook(note))
+    call(model, inputs)
+    features = reg.features
     for dropout, rate in zip(dropouts, rates, strict=True):
         dropout.p = rate
     for handle in handles:
         handle.remove()
     reg.discard()
 
-    before = [type(module).__name__ for output, module in dropped if same(output, entered[0])]
-    taken = "before " + before[-1] if before else "classifier input"
-    require((features is not entered[0]) == bool(before), f"the features are not from {taken}")
+    read = as_read(features, classifier)
+    # One that an activation has changed in place since does not feed the classifier itself.
+    before = [(o, name) for o, v, name in dropped if o._version == v and same(o, read)]
+    taken = f"before {before[-1][1]}" if before else "classifier input"
+    for output, name in before:
+        require(output.data_ptr() != features.data_ptr(), f"the features are from after {name}")
+    model.eval()
     with torch.no_grad():
-        answer = classifier(features)
-    answer = answer.movedim(-1, 1) if isinstance(classifier, nn.Linear) else answer
-    resize = partial(F.interpolate, answer, logits.shape[2:], mode="bilinear")
-    distance = min(float((resize(align_corners=a) - logits).norm()) for a in (False, True))
-    require(distance <= 1e-3 * float(logits.norm()), "the features do not give the logits")
+        answer = classifier(read)
+    answer = answer.movedim(-1, 1) if read is not features else answer
+    require(is_logits(answer, logits), "the features do not give the logits")
     return features, taken
 
 
-def check_step(
-    model: nn.Module, reg: AttachedRegularizer, images: Tensor, labels: Tensor, case: Case
-) -> None:
+def as_read(features: Tensor, classifier: nn.Module) -> Tensor:
+    """Move the channels to where a Linear reads them."""
+    return features.movedim(1, -1) if isinstance(base_of(classifier), nn.Linear) else features
+
+
+def is_logits(answer: Tensor, logits: Tensor) -> bool:
+    """Return whether logits are the answer of a classifier, resized."""
+    size = logits.shape[2:]
+    if answer.ndim < logits.ndim:  # Tokens, of a square here.
+        answer = answer.unflatten(2, (round(answer.shape[2] ** 0.5), -1))
+    answer = answer[: len(logits)]
+    mode = ("linear", "bilinear", "trilinear")[answer.ndim - 3]
+    resized = [F.interpolate(answer, size, mode=mode, align_corners=a) for a in (False, True)]
+    return any(float((r - logits).norm()) <= 1e-3 * float(logits.norm()) for r in resized)
+
+
+def check_step(model: nn.Module, reg: AttachedRegularizer, inputs: Any, case: Case) -> None:
     """Check where the gradient of each term goes, and take a training step."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     optimizer.add_param_group(reg.param_group())
-    logits = case.logits(model(images))
-    terms = reg.terms(labels)
-    first = next(p for p in model.parameters() if p.requires_grad and p.ndim >= 2)
+    logits = case.logits(call(model, inputs))
+    size = logits.shape[2:] if case.inputs else (case.size, case.size)
+    labels = torch.randint(0, CLASSES, (len(logits), *size))
+    terms = reg.terms(torch.cat([labels] * case.answers))
+    # Of several, since one may have none: that of LoRA begins at 0.
+    first = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2][:4]
     for name, term in terms._asdict().items():
-        (grad,) = torch.autograd.grad(term, first, retain_graph=True, allow_unused=True)
-        reached = grad is not None and bool(grad.abs().sum() > 0)
+        grads = torch.autograd.grad(term, first, retain_graph=True, allow_unused=True)
+        reached = any(grad is not None and bool(grad.abs().sum() > 0) for grad in grads)
         require(reached == (name != "pull"), f"{name} reaching the encoder is {reached}")
-    resized = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+    mode = ("linear", "bilinear", "trilinear")[logits.ndim - 3]
+    resized = F.interpolate(logits, size, mode=mode)
     centroids = reg.regularizer.centroids.detach().clone()
     (F.cross_entropy(resized, labels) + reg.total(terms)).backward()
     optimizer.step()
@@ -171,9 +220,13 @@ def same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one, other)
 
 
-def evaluate(model: nn.Module, images: Tensor, case: Case) -> Tensor:
+def call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def evaluate(model: nn.Module, inputs: Any, case: Case) -> Tensor:
     with torch.no_grad():
-        return case.logits(model.eval()(images))
+        return case.logits(call(model.eval(), inputs))
 
 
 def require(holds: bool, claim: str) -> None:
@@ -181,217 +234,45 @@ def require(holds: bool, claim: str) -> None:
         raise AssertionError(claim)
 
 
-def torchvision() -> Iterator[Case]:
-    models = importlib.import_module("torchvision.models.segmentation")
-
-    def build(name: str, **settings: Any) -> Callable[[], nn.Module]:
-        model = getattr(models, name)
-        settings |= {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
-        return partial(model, **settings)
-
-    for name in (
-        "fcn_resnet50",
-        "fcn_resnet101",
-        "deeplabv3_resnet50",
-        "deeplabv3_resnet101",
-        "deeplabv3_mobilenet_v3_large",
-    ):
-        yield Case(name, build(name, aux_loss=True), lambda output: output["out"])
-    name = "lraspp_mobilenet_v3_large"
-    yield Case(name, build(name), refused=LRASPP, note=f"two classifiers; recipe: `{LRASPP}`")
+def read_rows() -> list[Row]:
+    return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()]
 
 
-def segmentation_models_pytorch() -> Iterator[Case]:
-    smp = importlib.import_module("segmentation_models_pytorch")
-
-    def build(name: str, encoder: str = "resnet18", **settings: Any) -> Callable[[], nn.Module]:
-        return partial(
-            getattr(smp, name), encoder, encoder_weights=None, classes=CLASSES, **settings
-        )
-
-    for name in (
-        "Unet",
-        "UnetPlusPlus",
-        "MAnet",
-        "Linknet",
-        "FPN",
-        "PSPNet",
-        "DeepLabV3",
-        "DeepLabV3Plus",
-        "UPerNet",
-        "Segformer",
-    ):
-        yield Case(name, build(name))
-    yield Case("PAN", build("PAN"), size=128)
-    yield Case("DPT", build("DPT", "tu-vit_tiny_patch16_224", dynamic_img_size=True))
-    image_head = {"classes": CLASSES, "dropout": 0.2}
-    yield Case(
-        "Unet, aux_params",
-        build("Unet", aux_params=image_head),
-        lambda output: output[0],
-        note="not the image classifier beside it",
-    )
-
-
-class SegNet(nn.Module):
-    """The SegNet of the paper's table, small: unpooling by the encoder's indices."""
-
-    def __init__(self, widths: tuple[int, ...] = (3, 16, 32, 32)) -> None:
-        super().__init__()
-        ends = list(pairwise(widths))
-        self.encoder = nn.ModuleList(self.block(a, b) for a, b in ends)
-        self.decoder = nn.ModuleList(self.block(b, max(a, 16)) for a, b in reversed(ends))
-        self.last = nn.Conv2d(16, CLASSES, 3, padding=1)
-
-    @staticmethod
-    def block(width: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        indices = []
-        for block in self.encoder:
-            x, index = F.max_pool2d(block(x), 2, return_indices=True)
-            indices.append(index)
-        for block, index in zip(self.decoder, reversed(indices), strict=True):
-            x = block(F.max_unpool2d(x, index, 2))
-        return self.last(x)
-
-
-def plain_torch() -> Iterator[Case]:
-    yield Case("SegNet, code of one's own", SegNet)
-
-
-class TimmSegmenter(nn.Module):
-    """A timm backbone with a 1x1 head of one's own on its last map."""
-
-    def __init__(self, name: str, **settings: Any) -> None:
-        super().__init__()
-        timm = importlib.import_module("timm")
-        self.backbone = timm.create_model(name, features_only=True, **settings)
-        self.head = nn.Conv2d(self.backbone.feature_info.channels()[-1], CLASSES, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images)[-1])
-
-
-def timm() -> Iterator[Case]:
-    for name, settings in {
-        "resnet18": {},
-        "convnext_atto": {},
-        "mobilenetv3_small_100": {},
-        "vit_tiny_patch16_224": {"img_size": 64},
-        "efficientnet_b0": {},
-    }.items():
-        yield Case(f"{name} + own 1x1 head", partial(TimmSegmenter, name, **settings))
-
-
-def transformers() -> Iterator[Case]:
-    hf = importlib.import_module("transformers")
-    stages = {"depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
-    widths = {"hidden_sizes": [8, 16, 16, 32], **stages}
-    swin = {"embed_dim": 16, "num_heads": [1, 2, 2, 2], **stages}
-    small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-    vit = {"image_size": 64, "patch_size": 16, "intermediate_size": 64, **small}
-
-    def build(name: str, task: str, **settings: Any) -> Callable[[], nn.Module]:
-        def model() -> nn.Module:
-            config = getattr(hf, f"{name}Config")(num_labels=CLASSES, **settings)
-            return getattr(hf, f"{name}For{task}Segmentation")(config)
-
-        return model
-
-    def case(name: str, title: str = "", **settings: Any) -> Case:
-        return Case(
-            title or name, build(name, "Semantic", **settings), lambda output: output.logits
-        )
-
-    yield case("Segformer", depths=[1] * 4, hidden_sizes=[8, 16, 16, 32])
-    for backbone, channels, settings in (
-        ("Swin", 64, swin),
-        ("Swinv2", 64, swin | {"image_size": 64, "window_size": 2}),
-        ("ConvNext", 16, widths),
-        ("ConvNextV2", 16, widths),
-        ("ResNet", 16, widths | {"embedding_size": 8}),
-    ):
-        yield case(
-            "UperNet",
-            f"UperNet, {backbone}",
-            backbone_config=getattr(hf, f"{backbone}Config")(**settings),
-            auxiliary_in_channels=channels,
-            auxiliary_channels=16,
-        )
-    yield case("Beit", out_indices=[1, 2, 3, 4], **vit)
-    yield case("Data2VecVision", out_indices=[1, 2, 3, 4], **vit)
-    fusion = {"neck_hidden_sizes": [16, 16, 32, 32]}
-    yield case("DPT", backbone_out_indices=[0, 1, 2, 3], **fusion, **vit)
-    yield case("MobileNetV2", depth_multiplier=0.35)
-    yield case(
-        "MobileViT",
-        hidden_sizes=[16, 16, 16],
-        neck_hidden_sizes=[8, 8, 16, 16, 16, 16, 32],
-        num_attention_heads=2,
-        aspp_out_channels=32,
-    )
-    yield case("MobileViTV2", width_multiplier=0.5, aspp_out_channels=32)
-    head = {"upsample_out_channels": [16, 16], "conv_out_channels": [16]}
-    yield case("Sapiens2", head_config=head, **vit)
-    tips = type(hf.Tipsv2DptConfig().backbone_config)(
-        image_size=64, patch_size=16, reshape_hidden_states=False, out_indices=[1, 2, 3, 4], **small
-    )
-    yield case("Tipsv2Dpt", backbone_config=tips, **fusion)
-
-    tiny = {"num_queries": 5, "mask_feature_size": 32}
-    detr = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
-    deformable = {"hidden_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 5}
-    backbone = {"backbone_config": hf.SwinConfig(**swin)}
-    for name, task, settings in (
-        ("MaskFormer", "Instance", {"decoder_config": hf.DetrConfig(**detr), **backbone}),
-        ("Mask2Former", "Universal", tiny | deformable | backbone),
-        ("OneFormer", "Universal", deformable | backbone | {"is_training": False}),
-        ("Eomt", "Universal", vit | {"num_blocks": 1}),
-        ("EomtDinov3", "Universal", vit | {"num_blocks": 1}),
-    ):
-        note = f"classifies queries; recipe: `{QUERIES}`"
-        yield Case(name, build(name, task, **settings), refused=QUERIES, note=note)
-
-
-LIBRARIES: dict[str, Callable[[], Iterator[Case]]] = {
-    "torch": plain_torch,
-    "torchvision": torchvision,
-    "segmentation_models_pytorch": segmentation_models_pytorch,
-    "timm": timm,
-    "transformers": transformers,
-}
+def keep(library: str, rows: Iterable[Row]) -> None:
+    """Put the rows of a library in the place of those that it had."""
+    others = [row for row in read_rows() if row.library != library]
+    every = sorted([*others, *rows], key=lambda row: row.library)
+    ROWS.write_text("".join(json.dumps(asdict(row)) + "\n" for row in every))
 
 
 def render() -> None:
     """Write the page from the rows of every library."""
-    rows = [
-        Row(**row) for file in sorted(ROWS.glob("*.json")) for row in json.loads(file.read_text())
-    ]
-    works = sum(row.result == "works" for row in rows)
+    rows = read_rows()
+    refused = sum(row.result == "refused" for row in rows)
+    told = sum(row.result not in ("works", "refused") for row in rows)
+    libraries = dict.fromkeys(row.library for row in rows)
     lines = [
         "# Support matrix",
         "",
         "Written by `python benchmarks/support_matrix.py`, which builds each model from its",
         "configuration with random weights, attaches, takes one training step and checks: nothing",
         "of the model changes; the tapped features give the model's own logits; align and classify",
-        "reach the first layer of the encoder, and pull does not. The encoders of transformers are",
+        "reach the encoder, and pull does not. `example=` finds the same layer. The encoders are",
         "built small, and where the classifier is as wide as the encoder, so is D.",
         "",
-        f"{len(rows)} models: {works} work, {len(rows) - works} are refused with a message that "
-        "says what to do, none is picked wrong.",
+        f"{len(rows)} models of {len(libraries)} libraries: {len(rows) - refused} work, {told} of "
+        f"them as the refusal of a bare `attach(model)` says to write; {refused} have no pixel "
+        "classifier and are refused with what to do; none is picked wrong.",
     ]
-    for library in dict.fromkeys(row.library for row in rows):
+    for library in libraries:
         mine = [row for row in rows if row.library == library]
         lines += ["", f"## {library} {mine[0].version}", ""]
         lines += ["| model | classifier | kernel | D | stride | tap | result | note |"]
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for row in mine:
-            path = f"`{row.path}`" if row.path else ""
             cells = (
                 row.model,
-                path,
+                f"`{row.path}`" if row.path else "",
                 row.kernel,
                 row.dim,
                 row.stride,
@@ -415,8 +296,7 @@ def main() -> None:
             for case in LIBRARIES[library]():
                 rows.append(examine(library, release, case))
                 print(library, case.model, rows[-1].result, rows[-1].path, flush=True)
-            text = json.dumps([asdict(row) for row in rows], indent=1)
-            (ROWS / f"{library}.json").write_text(text + "\n")
+            keep(library, rows)
     render()
 
 

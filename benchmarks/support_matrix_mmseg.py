@@ -1,6 +1,6 @@
 """The rows of MMSegmentation in the support matrix, which needs an environment of its own.
 
-    pip install -r examples/integrations/mmseg/requirements.txt mmdet==3.3.0
+    pip install -r examples/mmseg/requirements.txt mmdet==3.3.0    # mmdet for the mask classifiers
     python benchmarks/support_matrix_mmseg.py
 
 Each model is built from mmseg's own config with random weights and as many classes as the images
@@ -13,9 +13,8 @@ here have; only the plain vision transformers lose most of their layers. Checked
 """
 
 import copy
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -32,10 +31,10 @@ from torch import Tensor, nn
 
 from mvsc.attach import attach
 from mvsc.integrations.mmseg import MVSCEncoderDecoder
-from support_matrix import CLASSES, QUERIES, ROWS, Case, Row, examine, require
+from support_cases import CLASSES, QUERIES, UNCERTAIN, Case
+from support_matrix import Row, examine, keep, require
 
 ADE = "4xb4-80k_ade20k-512x512"
-UNCERTAIN = "No pixel classifier is certain"
 
 
 def main_output(output: Any) -> Tensor:
@@ -216,8 +215,7 @@ def main() -> None:
         notes = [note for note in (kind and f"`{kind}`", row.note) if note]
         rows.append(replace(row, note="; ".join(notes)))
         print(row.model, row.result, row.path, flush=True)
-    text = json.dumps([asdict(row) for row in rows], indent=1)
-    (ROWS / "mmseg.json").write_text(text + "\n")
+    keep("mmsegmentation", rows)
 
 
 if __name__ == "__main__":

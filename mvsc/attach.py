@@ -318,7 +318,10 @@ class _FirstForward:
             return  # The tap has better words for that.
         for handle in self.handles:
             handle.remove()
-        self.tap.padded, reason = why_not_the_logits(answer, output)
+        try:
+            self.tap.padded, reason = why_not_the_logits(answer, output)
+        except RuntimeError:  # Of tensors without values, or on which little is defined.
+            return
         if reason:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "

@@ -39,7 +39,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be {options}, got {value!r}.")
 
 
-def check_feature_map(features: object) -> Tensor:
+def check_feature_map(features: object, channels_last: bool = False) -> Tensor:
     """Raise unless ``features`` is a floating tensor with one to three spatial axes; return it."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a floating-point tensor, got {describe(features)}.")
@@ -51,7 +51,7 @@ def check_feature_map(features: object) -> Tensor:
     if not 3 <= features.ndim <= 5:
         raise ValueError(
             "features must have shape (batch, dim, *spatial) with one to three spatial axes, got "
-            f"{tuple(features.shape)}. Pass the dense map that enters the classifier."
+            f"{tuple(features.shape)}. {_of_axes(features.ndim, channels_last)}"
         )
     if 0 in features.shape[1:]:
         raise ValueError(
@@ -88,10 +88,11 @@ def check_features(
     Returns:
         Shape ``(batch, dim, *spatial)``, a view.
     """
-    features = check_feature_map(features)
-    shape = tuple(features.shape)
+    shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+    last = rows and shape[-1:] == (dim,) if channels_last is None else channels_last
+    features = check_feature_map(features, last)
     if channels_last is None:
-        channels_last = rows and shape[-1] == dim
+        channels_last = last
         if channels_last and shape[1] == dim:
             raise ValueError(
                 f"features of shape {shape} can be read both as (batch, dim, *spatial) and as "
@@ -108,33 +109,53 @@ def check_features(
     return features.movedim(-1, 1) if channels_last else features
 
 
-def on_grid(features: Tensor, size: tuple[int, ...], grid: tuple[int, ...] | None) -> Tensor:
+def on_grid(
+    features: Tensor,
+    size: tuple[int, ...],
+    grid: tuple[int, ...] | None,
+    channels_last: bool = True,
+) -> Tensor:
     """Unfold tokens, ``(batch, dim, pixels)``, to the grid that labels of ``size`` need.
 
-    Without ``grid`` it is the one that has the labels' ratio.
+    Without ``grid`` it is the one that has the labels' ratio. ``channels_last`` says how the
+    tokens came, for the error.
     """
     if grid is None and (features.ndim != 3 or len(size) < 2):
         return features
     pixels = features.shape[2:].numel()
+    grid = grid_of_ratio(pixels, size) if grid is None else _checked_grid(features, size, grid)
+    front = "features[:, {}:]" if channels_last else "features[..., {}:]"
+    axes = "height, width" if len(size) == 2 else "depth, height, width"
     if grid is None:
-        scale = (pixels / math.prod(size)) ** (1 / len(size))
-        grid = tuple(round(n * scale) for n in size)
-        exact = all(a * size[0] == b * grid[0] for a, b in zip(grid, size, strict=True))
-        if math.prod(grid) != pixels or not exact:
-            raise ValueError(
-                f"features of {pixels} tokens have no grid of the ratio of the labels, "
-                f"{describe_sizes(size)}. Pass grid=(height, width) of the tokens; class and "
-                "register tokens in front are to be cut off first: features[:, 1:]."
-            )
-    if features.ndim != 3 or math.prod(grid) != pixels or len(grid) != len(size):
+        # Class token; class and distillation token; class token and four registers.
+        cuts = [n for n in (1, 2, 5) if n < pixels and grid_of_ratio(pixels - n, size)]
+        first = (
+            f"Cut off class and register tokens: {front.format(cuts[0])}. Or pass"
+            if cuts
+            else "Pass"
+        )
         raise ValueError(
-            f"grid must have the {len(size)} axes of the labels, {describe_sizes(size)}, and as "
-            f"many places as the features have tokens, {pixels}, got {grid} for features of "
-            f"{describe_sizes(features.shape[2:])}. Leave it out unless the features are tokens, "
-            "and cut off class and register tokens: features[:, 1:]."
+            f"features of {pixels} tokens have no grid of the ratio of the labels, "
+            f"{describe_sizes(size)}. {first} grid=({axes}) of the tokens."
+        )
+    if (more := pixels - math.prod(grid)) != 0:
+        remedy = f"Pass {axes} of the tokens."
+        if more > 0:
+            remedy = f"Cut off what comes before them: {front.format(more)}. Or p{remedy[1:]}"
+        raise ValueError(
+            f"grid must have as many places as the features have tokens, {pixels}, got {grid}. "
+            f"{remedy}"
         )
     unfolded: Tensor = features.reshape(*features.shape[:2], *grid)
     return unfolded
+
+
+def grid_of_ratio(pixels: int, size: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the grid of so many pixels whose sides have exactly the ratio of ``size``, if any."""
+    scale = (pixels / math.prod(size)) ** (1 / len(size))
+    grid = tuple(round(n * scale) for n in size)
+    exact = all(a * size[0] == b * grid[0] for a, b in zip(grid, size, strict=True))
+    return grid if exact and math.prod(grid) == pixels else None
 
 
 def check_centroids(name: str, centroids: object) -> Tensor:
@@ -176,6 +197,43 @@ def describe(value: object) -> str:
 def describe_sizes(sizes: Any) -> str:
     """Return sizes as they are written: 12 x 16."""
     return " x ".join(str(size) for size in sizes)
+
+
+def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[int, ...]:
+    """Raise unless ``grid`` is sizes of as many axes as the labels have; return it."""
+    if not isinstance(grid, tuple | list) or not all(isinstance(n, int) and n > 0 for n in grid):
+        raise TypeError(
+            f"grid must be sizes, whole numbers of at least 1, got {describe(grid)}. "
+            "Pass height and width of the tokens: grid=(14, 14)."
+        )
+    if features.ndim != 3 or len(size) == 1:
+        raise ValueError(
+            f"grid is for tokens whose labels are a map, got features of the spatial size "
+            f"{describe_sizes(features.shape[2:])} and labels of {describe_sizes(size)}. Leave it "
+            "out."
+        )
+    if len(grid) != len(size):
+        axes = "height, width" if len(size) == 2 else "depth, height, width"
+        raise ValueError(
+            f"grid must have the {len(size)} axes of the labels, {describe_sizes(size)}, got "
+            f"{tuple(grid)}. Pass grid=({axes}) of the {features.shape[2]} tokens."
+        )
+    return tuple(grid)
+
+
+def _of_axes(ndim: int, channels_last: bool) -> str:
+    """Say what to do with features that have none or too many spatial axes."""
+    if ndim == 2:
+        axis = 1 if channels_last else -1
+        return f"For one vector each use features.unsqueeze({axis}) and labels.unsqueeze(-1)."
+    if ndim > 5:
+        # The first ones, so that labels on the grid of the features stay on it.
+        first, more = 1 if channels_last else 2, ndim - 5
+        return (
+            "Fold the first ones, in labels of the same size too: "
+            f"features.flatten({first}, {first + more}) and labels.flatten(1, {1 + more})."
+        )
+    return "Pass the dense map that enters the classifier."
 
 
 def _wrong_width(shape: tuple[int, ...], dim: int, channels_last: bool) -> str:

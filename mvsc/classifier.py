@@ -66,13 +66,20 @@ def reads_rows(classifier: object) -> bool:
     return bool(kinds) and all(issubclass(kind, nn.Linear) for kind in kinds)
 
 
+def reads_axes(classifier: object) -> int | None:
+    """Return how many spatial axes the convolutions of a module read; None if it has none."""
+    layers = classifier.modules() if isinstance(classifier, nn.Module) else ()
+    return next((len(m.kernel_size) for m in layers if isinstance(m, _ConvNd)), None)
+
+
 def is_sharded(module: object) -> bool:
     """Return whether a module's weight is spread over processes (FSDP2, tensor parallel, ZeRO-3).
 
     What its hooks do must not be left out.
     """
-    weight = getattr(module, "weight", None)
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+    # Not module.weight: where spectral_norm computes it, to ask is a power iteration.
+    own = getattr(module, "_parameters", {}).values()
+    return any(hasattr(each, "full_tensor") or hasattr(each, "ds_id") for each in own)
 
 
 def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) -> None:
@@ -99,11 +106,10 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
         if isinstance(layer, _ConvTransposeNd) and _spreads(layer):
             raise ValueError(f"classifier must answer for each pixel alone. {TRANSPOSED}")
         if isinstance(layer, _ConvNd) and len(layer.kernel_size) != axes:
-            places = " x ".join(["place"] * axes)
             raise ValueError(
                 f"classifier must have as many spatial axes as the features, {axes}, got a "
-                f"{type(layer).__name__}. Pass the map as the classifier reads it, or a callable "
-                f"that maps vectors of shape (N, {dim}{', 1' * axes}) to logits, one {places}."
+                f"{type(layer).__name__}. Pass the map as the classifier reads it: "
+                f"{_as_read(axes, len(layer.kernel_size))}."
             )
     if not is_pixel_linear(classifier):
         return
@@ -210,13 +216,13 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
     own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
-    stored = {"weight", "bias"} <= classifier._parameters.keys()
-    return (
-        type(classifier).forward in forwards
-        and not own
-        and stored
-        and not _gathers_by_itself(classifier)
-    )
+    plain = type(classifier).forward in forwards and not own and _stores_weights(classifier)
+    return plain and not _gathers_by_itself(classifier)
+
+
+def _stores_weights(layer: nn.Module) -> bool:
+    """Return whether neither weight nor bias is what a hook or a property has computed."""
+    return {"weight", "bias"} <= layer._parameters.keys()
 
 
 def _gathers_by_itself(classifier: nn.Module) -> bool:
@@ -260,9 +266,11 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
         return
     kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
     for module in modules:
-        computed = isinstance(module, PixelLinear) and "weight" not in module._parameters
-        for name in _HOOKS[1:] if computed else _HOOKS:
-            vars(module)[name] = type(vars(module)[name])()
+        computed = isinstance(module, PixelLinear) and not _stores_weights(module)
+        for name in _HOOKS:
+            hooks = vars(module)[name]
+            kept_hooks = _computing(hooks) if computed and name == _HOOKS[0] else {}
+            vars(module)[name] = type(hooks)(kept_hooks)
         for name, buffer in module._buffers.items():
             # Exchanged, not written back: autograd may have saved the one or the other.
             module._buffers[name] = None if buffer is None else buffer.clone()
@@ -275,9 +283,28 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+def _computing(hooks: dict[int, Any]) -> dict[int, Any]:
+    """Return the hooks that compute a weight before each forward: torch's, or else maybe any."""
+    known = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils.")}
+    return known or hooks
+
+
 def _traces(module: nn.Module) -> dict[str, Any]:
     """Return the hooks of a module, and what tensors a hook may have computed and left there."""
     return {k: v for k, v in vars(module).items() if k in _HOOKS or isinstance(v, Tensor)}
+
+
+def _as_read(axes: int, wanted: int) -> str:
+    """Say how features and labels of ``axes`` spatial axes become those of ``wanted``."""
+    if axes < wanted:
+        ones = ", None" * (wanted - axes)
+        return f"features[:, :{ones}] and labels[:{ones}]"
+    more = axes - wanted
+    order = (0, *range(2, 2 + more), 1, *range(2 + more, 2 + axes))
+    return (
+        f"features.permute{order}.flatten(0, {more}), slice by slice, and labels.flatten(0, "
+        f"{more}) of as many slices"
+    )
 
 
 def _spreads(layer: _ConvNd) -> bool:

@@ -470,9 +470,12 @@ def _check_heatmap(features: object, centroids: object, class_index: object, gro
     )
     groups, num_classes, dim = centroids.shape
     if features.shape[1] != dim:
+        remedy = "Pass the map that enters the classifier."
+        if features.shape[-1] == dim:
+            remedy = "Use features.movedim(-1, 1)."
         raise ValueError(
             f"features must have shape (batch, dim, *spatial) with dim={dim}, the width of "
-            f"the centroids, got {tuple(features.shape)}. Pass the map that enters the classifier."
+            f"the centroids, got {tuple(features.shape)}. {remedy}"
         )
     if features.device != centroids.device:
         raise ValueError(

@@ -179,9 +179,8 @@ def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
         return centroids[:0].sum()
     shuffled = centroids.index_select(0, order)
     halves = torch.split(shuffled, [groups // 2, groups - groups // 2])
-    half_a, half_b = (half.mean(dim=0) for half in halves)
-    cosines = (unit(half_a) * unit(half_b)).sum()
-    return torch.rsub(cosines, 1, alpha=1 / num_classes)
+    half_a, half_b = unit(torch.stack([half.mean(dim=0) for half in halves])).unbind()
+    return torch.rsub((half_a * half_b).sum(), 1, alpha=1 / num_classes)
 
 
 def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:
@@ -257,10 +256,9 @@ def weighted_sum(terms: MVSCTerms, weights: tuple[float, float, float]) -> Tenso
 def _cross_entropy_over_present(logits: Tensor, present: Tensor) -> Tensor:
     """Average the cross-entropy of each present cell with its class as the target."""
     # Row c has target c.
-    likelihoods = logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
+    losses = -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
     # where, not a product: 0 * NaN would be NaN.
-    total = torch.where(present, likelihoods, 0).sum()
-    return total / present.sum().clamp_min(1).neg()
+    return torch.where(present, losses, 0).sum() / present.sum().clamp_min(1)
 
 
 def _inverse_length(vectors: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from mvsc.checks import on_grid
 from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
-from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal
+from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal, refused_whole
 
 logger = logging.getLogger("mvsc")
 
@@ -22,6 +22,9 @@ _SAME = 1e-3
 
 _ALIKE = 0.3
 """The same for a forward in training, whose resize may be of another kind."""
+
+_STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
+"""Strides that models have."""
 
 _SINGLE = "gives one logit, which stands for two classes"
 
@@ -61,7 +64,7 @@ def find_classifier(
         return _prove(model, path, example)
     if path is not None:
         return path
-    candidates = _candidates(model)
+    candidates = _candidates(model) if hosts else _outside_other_models(model, _candidates(model))
     why, refused = "", refusal(model)
     if len(hosts) > 1:
         why = f"in one of {len(hosts)} segmenters"
@@ -69,10 +72,9 @@ def find_classifier(
         why = f"not where {hosts[0][1].library} keeps a pixel classifier"
     elif refused is not None and refused.types:
         why = "not the last layer"
-    elif is_no_segmenter(model):
-        why = f"a part of {type(model).__name__}, which is no segmenter that classifies pixels"
     if why:
-        raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
+        listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
+        raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
     if len(fit) != 1:
         why = f"one of {len(fit)} that could be it"
@@ -106,9 +108,11 @@ def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
 
 def _linear_inside(model: nn.Module, path: str) -> str:
     """Return the path of the only layer with parameters at or below ``path``, if linear."""
-    module = model.get_submodule(path.removesuffix(".base_layer"))
+    path = path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+    module, names = _through_adapter(model.get_submodule(path), path.split("."))
+    path = ".".join(names)
     if is_pixel_linear(module):
-        return path.removesuffix(".base_layer")  # An adapter stands for what it adapts.
+        return path
     if any(isinstance(layer, _ConvTransposeNd) for layer in module.modules()):
         raise ValueError(
             f"classifier must answer for each pixel alone, got {type(module).__name__} {path!r}. "
@@ -204,6 +208,18 @@ def _candidates(model: nn.Module) -> dict[str, str]:
     return candidates or single
 
 
+def _outside_other_models(model: nn.Module, candidates: dict[str, str]) -> dict[str, str]:
+    """Return the candidates with what speaks against those inside a model of another kind."""
+    for outer, module in model.named_modules():
+        if not is_no_segmenter(module):
+            continue
+        why = f"a part of {type(module).__name__}, which is no segmenter that classifies pixels"
+        for path, reason in candidates.items():
+            if reason in ("", _SINGLE) and (not outer or path.startswith(f"{outer}.")):
+                candidates[path] = why
+    return candidates
+
+
 def _width_read(layer: nn.Module) -> int:
     """Return how many channels a layer reads, 0 if it does not say."""
     for name in ("in_channels", "in_features", "num_features", "num_channels"):
@@ -232,6 +248,11 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     wide = [name for name, layer in _linear_layers(model) if _width_given(layer) in classes]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
     reasons = {name: _difference(outputs.get(name, []), logits) for name in names}
+    refused = refusal(model)
+    for name in names:
+        # DETR's logits are those of its queries: proved, and yet no pixel's.
+        if refused and (name.split(".")[-1] in refused.modules or refused_whole(model)):
+            reasons[name] = reasons[name] or "not the last layer"
     rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
         if any(not _difference(outputs.get(path, []), part) for part in rivals):
@@ -314,11 +335,13 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
         return f"gives {tuple(outputs[0].shape)}, the logits are {tuple(logits.shape)}"
     if any(_distance(a, b) <= _SAME for a, b in pairs):
         return ""
-    cropped = any(_cropped(a, b) <= _SAME for a, b in pairs)
+    cropped = any(_padded_by(a, b) is not None for a, b in pairs)
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
 
 
-def why_not_the_logits(answer: Tensor, output: Any) -> tuple[tuple[int, ...] | None, str]:
+def why_not_the_logits(
+    answer: Tensor, output: Any
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, str]:
     """Say why a classifier's answer is not what the model returns.
 
     Args:
@@ -326,20 +349,23 @@ def why_not_the_logits(answer: Tensor, output: Any) -> tuple[tuple[int, ...] | N
         output: what left the model: a tensor, or tensors in lists and mappings.
 
     Returns:
-        ``(padded, reason)``. The size that the model pads its images to, if it crops its logits;
-        else None. And the reason, '' if there is none: the answer, resized, is what is returned,
-        or nothing that is returned has its batch, classes and axes.
+        ``(padded, reason)``. The size that the model pads its images to and that of the logits,
+        if it crops these; else None. And the reason, '' if there is none: the answer, resized, is
+        what is returned, or nothing that is returned has its batch, classes and axes.
     """
     pairs = []
     for logits in _tensors(output):
         answers, maps = _readings(answer, logits)
         pairs += [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
-    if not pairs or any(_distance(a, b) <= _SAME for a, b in pairs):
+    # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
+    first = [(a[:1], b[:1]) for a, b in pairs]
+    if not pairs or any(_distance(a, b) <= _SAME for a, b in first):
         return None, ""
-    for a, b in pairs:
-        if _cropped(a, b) <= _SAME:
-            return tuple(_padded(a, b)), ""
-    if any(_alike(a, b) for a, b in pairs):
+    for a, b in first:
+        if (padded := _padded_by(a, b)) is not None:
+            return (padded, tuple(b.shape[2:])), ""
+    finite = all(bool(each.isfinite().all()) for each in first[0])
+    if not finite or any(_alike(a, b) for a, b in first):
         return None, ""
     a, b = pairs[0]
     return None, (
@@ -352,7 +378,8 @@ def why_not_the_logits(answer: Tensor, output: Any) -> tuple[tuple[int, ...] | N
 def _tensors(output: Any) -> Iterator[Tensor]:
     """Go through all floating tensors of an output; scales stacked in the second axis, apart."""
     if isinstance(output, Tensor):
-        if output.is_floating_point() and not hasattr(output, "full_tensor"):
+        strided = output.layout == torch.strided and not output.is_nested
+        if output.is_floating_point() and strided and not hasattr(output, "full_tensor"):
             yield output.detach()
             if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
                 yield from output.detach().unbind(1)
@@ -365,7 +392,14 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _readings(answer: Tensor, logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid."""
+    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid.
+
+    Of two dates the logits may be stacked, or belong to the first half of the answer.
+    """
+    if logits.ndim == answer.ndim + 1 and answer.shape[0] == logits.shape[:2].numel():
+        logits = logits.flatten(0, 1)
+    elif logits.ndim == answer.ndim and answer.shape[0] == 2 * logits.shape[0]:
+        answer = answer[: logits.shape[0]]
     maps = [logits, logits.movedim(-1, 1)] if logits.ndim > 2 else []
     answers = [answer, answer.movedim(-1, 1)] if answer.ndim > 2 else []
     if answer.ndim == 3 and logits.ndim > 3:
@@ -417,35 +451,42 @@ def _alike(answer: Tensor, logits: Tensor) -> bool:
     return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
 
 
-def _padded(answer: Tensor, logits: Tensor) -> list[int]:
-    """Return the size that the images were padded to: a whole stride, the same in all axes."""
-    sizes = list(zip(answer.shape[2:], logits.shape[2:], strict=True))
-    stride = max(-(-big // small) for small, big in sizes)
-    return [small * stride for small, _ in sizes]
+def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
+    """Return the size of an answer that was resized by a whole stride and cropped to the logits.
 
-
-def _cropped(answer: Tensor, logits: Tensor) -> float:
-    """Return the distance of an answer, resized by a whole stride and cropped, to the logits."""
+    None if it was not.
+    """
     if answer.ndim != logits.ndim:
-        return float("inf")
-    padded, size = _padded(answer, logits), logits.shape[2:]
-    if any(big < n for big, n in zip(padded, size, strict=True)) or tuple(padded) == tuple(size):
-        return float("inf")
-    distances = []
-    for way in _RESIZES[answer.ndim - 2]:
-        whole = F.interpolate(answer.double(), padded, **way)
-        for front in (lambda big, n: 0, lambda big, n: (big - n) // 2):
-            part = whole
-            for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
-                part = part.narrow(axis, front(big, n), n)
-            distances.append(_relative(part, logits.double()))
-    return min(distances)
+        return None
+    answer, logits, size = answer.double(), logits.double(), logits.shape[2:]
+    for stride in _strides(answer.shape[2:], size):
+        padded = tuple(stride * n for n in answer.shape[2:])
+        if padded == tuple(size):
+            continue
+        for way in _RESIZES[answer.ndim - 2]:
+            whole = F.interpolate(answer, padded, **way)
+            for share in (0, 2):  # padded at the end alone, or on both sides
+                part = whole
+                for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
+                    part = part.narrow(axis, (big - n) // share if share else 0, n)
+                if _relative(part, logits) <= _SAME:
+                    return padded
+    return None
+
+
+def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
+    """Return by how much an answer may have been enlarged, before it was cropped to logits."""
+    least = max(-(-big // small) for small, big in zip(answer, logits, strict=True))
+    return [least, *(n for n in _STRIDES if least < n <= 2 * least)]
 
 
 def _not_found(
-    model: nn.Module, candidates: dict[str, str], refuted: Sequence[str] = ()
+    model: nn.Module, candidates: dict[str, str], refuted: Sequence[str] | None = None
 ) -> ClassifierNotFoundError:
-    """Build the error: the candidates, why none was taken, and what to write instead."""
+    """Build the error: the candidates, why none was taken, and what to write instead.
+
+    ``refuted`` are those that a forward spoke against, if there was one.
+    """
     modules = dict(model.named_modules())
     refused = refusal(model)
     lines = [f"No pixel classifier is certain in {type(model).__name__}. Candidates:"]
@@ -465,15 +506,15 @@ def _not_found(
     sensible = [
         path
         for path, reason in candidates.items()
-        if path not in refuted and not reason.startswith(aside)
+        if path not in (refuted or ()) and not reason.startswith(aside)
     ]
     path = sensible[0] if len(sensible) == 1 else "path.of.the.layer"
-    if sensible or not refuted:
+    if sensible or refuted is None:
         lines.append(
             "If one layer turns the features of each pixel into its logits, name it: "
             f'mvsc.attach(model, classifier="{path}").'
         )
-    if not refuted:
+    if refuted is None:
         lines.append(
             "Or let a forward find it: mvsc.attach(model, example=images), with a batch as the "
             "model takes it."

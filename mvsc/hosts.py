@@ -18,7 +18,8 @@ class Host(NamedTuple):
             is the last of a list.
         pads: names of layers that hold the classifier and pad in front of it.
         ignore_index: names in a segmenter's ``config`` under which its loss ignores a label.
-        complete: whether all models of the library that are no segmenters are to be refused.
+        models: the class that all models of the library derive from, if those of its own that are
+            none of these segmenters have no classifier of pixels.
     """
 
     library: str
@@ -26,7 +27,7 @@ class Host(NamedTuple):
     classifiers: tuple[str, ...]
     pads: tuple[str, ...] = ()
     ignore_index: tuple[str, ...] = ()
-    complete: bool = False
+    models: str = ""
 
 
 HOSTS = (
@@ -42,7 +43,7 @@ HOSTS = (
     ),
     Host(
         "transformers",
-        segmenters=("Segmentation",),
+        segmenters=("SemanticSegmentation",),
         classifiers=(
             "decode_head.classifier",
             "segmentation_head.classifier.convolution",
@@ -52,7 +53,7 @@ HOSTS = (
         ),
         pads=("MobileNetV2ConvLayer",),
         ignore_index=("semantic_loss_ignore_index", "loss_ignore_index"),
-        complete=True,
+        models="PreTrainedModel",
     ),
     Host(
         "mmseg",
@@ -61,8 +62,13 @@ HOSTS = (
     ),
     Host("torchseg", segmenters=("SegmentationModel",), classifiers=("segmentation_head.0",)),
     Host("torchgeo", segmenters=("FCN",), classifiers=("last",)),
+    # Before FarSeg, which ChangeStarFarSeg ends with.
+    Host(
+        "torchgeo",
+        segmenters=("ChangeStar", "ChangeStarFarSeg"),
+        classifiers=("seg_classifier.0",),
+    ),
     Host("torchgeo", segmenters=("FarSeg",), classifiers=("decoder.classifier.0",)),
-    Host("torchgeo", segmenters=("ChangeStar",), classifiers=("seg_classifier.0",)),
     Host("torchgeo", segmenters=("BTC",), classifiers=("final_layer.0",)),
     Host("torchgeo", segmenters=("ChangeViT",), classifiers=("decoder.head",)),
     Host(
@@ -140,6 +146,10 @@ REFUSALS = (
             }
         ),
     ),
+    Refusal(
+        "SegGPT paints its answer in colours, so it has no classes and no classifier.",
+        types=frozenset({("transformers", "SegGptForImageSegmentation")}),
+    ),
 )
 
 ASIDE = {
@@ -160,13 +170,20 @@ ASIDE = {
 def refusal(model: nn.Module) -> Refusal | None:
     """Return what is known of a model that has no layer that classifies pixels, or None."""
     for path, module in model.named_modules():
-        types = {
-            (base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__
-        }
         for each in REFUSALS:
-            if path.split(".")[-1] in each.modules or types & each.types:
+            if path.split(".")[-1] in each.modules or _types(module) & each.types:
                 return each
     return None
+
+
+def refused_whole(model: nn.Module) -> bool:
+    """Return whether a model is refused for what it is itself, not for a part of it."""
+    return any(_types(model) & each.types for each in REFUSALS)
+
+
+def _types(module: nn.Module) -> set[tuple[str, str]]:
+    """Return library and name of a module's class and of its bases."""
+    return {(base.__module__.partition(".")[0], base.__name__) for base in type(module).__mro__}
 
 
 def host_of(module: nn.Module) -> Host | None:
@@ -179,8 +196,12 @@ def host_of(module: nn.Module) -> Host | None:
     return None
 
 
-def is_no_segmenter(model: nn.Module) -> bool:
-    """Return whether a whole model is one of a library's that segment nothing."""
-    libraries = {base.__module__.partition(".")[0] for base in type(model).__mro__}
-    complete = {host.library for host in HOSTS if host.complete}
-    return bool(libraries & complete) and host_of(model) is None
+def is_no_segmenter(module: nn.Module) -> bool:
+    """Return whether a module is a library's own model that segments nothing.
+
+    A class of the user's that derives from the library's is the user's.
+    """
+    library = type(module).__module__.partition(".")[0]
+    names = {base.__name__ for base in type(module).__mro__}
+    known = any(host.library == library and host.models in names for host in HOSTS)
+    return known and host_of(module) is None

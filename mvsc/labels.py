@@ -7,7 +7,7 @@ it says so. Values are read on the way to an error, or where the device need not
 import torch
 from torch import Tensor
 
-from mvsc.checks import describe, describe_sizes, is_integer
+from mvsc.checks import describe, describe_sizes, grid_of_ratio, is_integer
 
 
 def default_ignore_index(num_classes: int) -> int:
@@ -15,11 +15,13 @@ def default_ignore_index(num_classes: int) -> int:
     return 255 if num_classes <= 255 else -100
 
 
-def check_labels(labels: object, features: Tensor | None = None, tokens: bool = False) -> Tensor:
+def check_labels(
+    labels: object, features: Tensor | None = None, tokens: bool | None = None
+) -> Tensor:
     """Raise unless ``labels`` is an integer class map, ``(batch, *spatial)``; return it.
 
     With ``features``, ``(batch, dim, *spatial)``, it has to fit them. With ``tokens``, whose grid
-    is open, it may have more spatial axes than they have.
+    is open, it may have more spatial axes than they have; None if the caller takes no ``grid=``.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(
@@ -30,9 +32,12 @@ def check_labels(labels: object, features: Tensor | None = None, tokens: bool = 
     fits = labels.ndim - 1 == axes or (tokens and labels.ndim in (3, 4) and is_integer(labels))
     if not fits and (features is not None or not 2 <= labels.ndim <= 4):
         expected = ["(batch, places)", "(batch, height, width)", "(batch, depth, height, width)"]
+        places = ""
+        if features is not None:
+            places = f" for features of the spatial size {describe_sizes(features.shape[2:])}"
         raise ValueError(
-            f"labels must have shape {expected[axes - 1]}, got {tuple(labels.shape)}. "
-            f"{_of_shape(labels, features, axes)}"
+            f"labels must have shape {expected[axes - 1]}{places}, got {tuple(labels.shape)}. "
+            f"{_of_shape(labels, features, axes, tokens)}"
         )
     if not is_integer(labels):
         raise TypeError(
@@ -40,9 +45,12 @@ def check_labels(labels: object, features: Tensor | None = None, tokens: bool = 
             f"{_of_values(labels, 'labels')}"
         )
     if features is not None and labels.shape[0] != features.shape[0]:
+        times, rest = divmod(features.shape[0], max(labels.shape[0], 1))
+        again = f", or torch.cat([labels] * {times}) if the model answers {times} times for each"
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
-            f"got {labels.shape[0]}. Pass the labels of the same images."
+            f"got {labels.shape[0]}. Pass the labels of the same images"
+            f"{again if times > 1 and not rest else ''}."
         )
     if 0 in labels.shape[1:]:
         raise ValueError(
@@ -81,26 +89,54 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
     )
 
 
-def _of_shape(labels: Tensor, features: Tensor | None, axes: int) -> str:
+def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool | None) -> str:
     """Say what to do with labels of another number of axes."""
-    shape = labels.shape
+    shape = tuple(labels.shape)
     if labels.ndim == axes + 2:
         for axis in (1, -1):
             if shape[axis] == 1:
                 return _of_values(labels.squeeze(axis), f"labels.squeeze({axis})")
+    if features is not None and labels.ndim - 1 > axes:
+        size = tuple(features.shape[2:])
+        for first in range(1, axes + 1):  # A map that was folded as the features were?
+            last = first + labels.ndim - 1 - axes
+            if tuple(labels.flatten(first, last).shape[1:]) == size:
+                folded = f"labels.flatten({first}, {last})"
+                return _of_values(labels.flatten(first, last), folded)
+        if shape[0] * shape[1] == features.shape[0] and labels.ndim == axes + 2:
+            return _of_values(labels.flatten(0, 1), "labels.flatten(0, 1)")
+        # Not a channel for each class of each place.
+        if axes == 1 and is_integer(labels) and size[0] not in (shape[1], shape[-1]):
+            return _of_tokens(size[0], shape[1:], tokens)
+    if labels.ndim == axes + 2 and not (_may_be_indices(labels) and 3 not in (shape[1], shape[-1])):
         return _of_channels(labels)
+    if features is not None and labels.ndim == 2 < axes + 1 and shape[0] == features.shape[0]:
+        grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
+        sizes = grid or ("(height, width)" if axes == 2 else "(depth, height, width)")
+        return _of_values(labels, f"labels.unflatten(1, {sizes})")
     if labels.ndim == axes and (features is None or features.shape[0] == 1):
         return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
-    if features is not None and labels.ndim == 2 and axes > 1:
-        size = tuple(features.shape[2:])
-        if shape[1] == features.shape[2:].numel():
-            return f"Use labels.unflatten(1, {size})."
+    if features is not None and labels.ndim == axes and shape[0] == features.shape[0]:
+        return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."
     if features is not None and labels.ndim - 1 > axes:
-        return (
-            f"The features have the spatial size {describe_sizes(features.shape[2:])}: pass them "
-            "unfolded, with the axes of the labels."
-        )
+        return "Pass the features unfolded, with the axes of the labels."
     return "Pass one class index for each pixel."
+
+
+def _of_tokens(pixels: int, size: tuple[int, ...], tokens: bool | None) -> str:
+    """Say what to do with the labels of a map for features in a row."""
+    grid: object = grid_of_ratio(pixels, size)
+    grid = grid or ("(height, width)" if len(size) == 2 else "(depth, height, width)")
+    if tokens is None:
+        return f"Use features.unflatten(2, {grid}) for tokens."
+    return f"Pass grid={grid} for tokens."
+
+
+def _may_be_indices(labels: Tensor) -> bool:
+    """Return whether labels are integers that are more than a mask."""
+    if not is_integer(labels) or labels.is_meta or not labels.numel():
+        return False
+    return bool((labels.long() > 1).any())
 
 
 def _of_values(labels: Tensor, name: str) -> str:
@@ -111,11 +147,12 @@ def _of_values(labels: Tensor, name: str) -> str:
         return f"Use {name}.long()."
     if bool((labels == labels.round()).all()):
         return f"Use {name}.long()."
-    scaled = 255 * labels
+    scaled = 255 * labels.double()
+    near = 0.2 if labels.element_size() == 2 else 1e-3  # in half precision all is rounded
     if (
         labels.min() >= 0
         and labels.max() <= 1
-        and bool(((scaled - scaled.round()).abs() < 1e-3).all())
+        and bool(((scaled - scaled.round()).abs() < near).all())
     ):
         return (
             f"Use ({name} * 255).round().long(): ToTensor has divided them by 255. "
@@ -134,7 +171,7 @@ def _of_channels(labels: Tensor) -> str:
     if labels.is_meta or not labels.numel():
         return "Pass one class index for each pixel."
     values = labels.double()
-    if values.min() < 0 or values.max() > 1:
+    if not (values.min() >= 0 and values.max() <= 1):  # or not a number
         return (
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "
             "Pass one class index for each pixel."

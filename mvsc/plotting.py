@@ -232,7 +232,8 @@ def _check_cosines(cosines: object) -> None:
     if cosines.ndim != 2:
         raise ValueError(
             f"cosines must have shape (height, width), got {tuple(cosines.shape)}. "
-            "Index the image: cosines[0]."
+            f"Index the image{', and a slice of a volume' * (cosines.ndim == 4)}: cosines[0"
+            f"{f', {cosines.shape[1] // 2}' * (cosines.ndim == 4)}]."
         )
 
 
@@ -259,6 +260,15 @@ def _check_one_image(features: object) -> None:
         raise ValueError(
             "features must be those of one image, (1, dim, height, width), "
             f"got {tuple(features.shape)}. Index the batch: features[:1]."
+        )
+    if features.ndim != 4:
+        slices = features.shape[2]
+        remedy = "Unfold them: features.unflatten(2, (height, width))."
+        if features.ndim == 5:
+            remedy = f"Draw a slice of a volume: features[:, :, {slices // 2}]."
+        raise ValueError(
+            "features must have two spatial axes to be drawn, (1, dim, height, width), "
+            f"got {tuple(features.shape)}. {remedy}"
         )
 
 

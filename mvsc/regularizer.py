@@ -16,6 +16,7 @@ from mvsc.classifier import (
     Classifier,
     check_classifier,
     classify_vectors,
+    reads_axes,
     reads_rows,
     what_mixes,
 )
@@ -450,9 +451,8 @@ class MVSCRegularizer(nn.Module):
         wanted: Collection[str],
     ) -> MVSCTerms:
         """Walk from features to terms; one that is not wanted stays a constant 0."""
-        features, labels = self._check(features, labels, classifier, grid, channels_last)
+        features, labels, axes = self._check(features, labels, classifier, grid, channels_last)
         self._advance()
-        axes = features.ndim - 2
         ask = partial(classify_vectors, classifier, num_classes=self.num_classes, axes=axes)
         # Sums, norms and logits in float32, whatever the model around runs in.
         with _without_autocast(features.device.type):
@@ -486,21 +486,30 @@ class MVSCRegularizer(nn.Module):
         classifier: Classifier,
         grid: tuple[int, ...] | None,
         channels_last: bool | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Raise unless everything fits; return ``(batch, dim, *spatial)`` and the labels."""
+    ) -> tuple[Tensor, Tensor, int]:
+        """Raise unless everything fits.
+
+        Returns:
+            Features as ``(batch, dim, *spatial)``, labels, and how many spatial axes the
+            classifier reads.
+        """
         rows = reads_rows(classifier)
         # Subclasses as MONAI's and torchvision's remember things at each operation.
         features, labels = plain_tensor(features), plain_tensor(labels)
+        came = features
         features = checks.check_features(
             features, self.dim, self.centroids.device, rows=rows, channels_last=channels_last
         )
         tokens = features.ndim == 3 and (grid is not None or rows or bool(channels_last))
         check_labels(labels, features, tokens)
-        features = checks.on_grid(features, tuple(labels.shape[1:]), grid)
-        check_classifier(classifier, self.dim, self.num_classes, features.ndim - 2)
+        axes = features.ndim - 2
+        features = checks.on_grid(features, tuple(labels.shape[1:]), grid, features is not came)
+        if reads_axes(classifier) != axes:  # Tokens may be read folded, by a Conv1d, or not.
+            axes = features.ndim - 2
+        check_classifier(classifier, self.dim, self.num_classes, axes)
         if torch.compiler.is_compiling():
             self._count_invalid(labels)
-            return features, labels
+            return features, labels, axes
         watch = self._watch
         if "mixing" not in watch.said and (mixing := what_mixes(classifier)):
             watch.say("mixing", mixing)
@@ -513,7 +522,7 @@ class MVSCRegularizer(nn.Module):
                 )
         else:
             self._count_invalid(labels)
-        return features, labels
+        return features, labels, axes
 
     def _count_invalid(self, labels: Tensor) -> None:
         """Count labels out of range, which are ignored where reading them would stall a device."""

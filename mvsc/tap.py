@@ -4,6 +4,7 @@ The features are taken where they enter the classifier, or the dropout before it
 out once. The ledger says why there are none: no forward, two of them, used up, replaced.
 """
 
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -48,6 +49,10 @@ _TWO_FORWARDS = (
     "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
     "forward that has no loss of its own. If the model itself calls it more than once, pass the "
     "features to MVSCRegularizer."
+)
+_NO_TENSOR = (
+    "the classifier was called with a {kind} in place of a tensor. Pass features and a callable "
+    "that classifies them to MVSCRegularizer."
 )
 _NO_GRADIENT = (
     "The features have no gradient, so the loss could not reach the encoder: all before the "
@@ -106,7 +111,7 @@ class Tap:
         self.handles: list[RemovableHandle] = []
         self.working = False
         self.seen: Tensor | None = None
-        self.padded: tuple[int, ...] | None = None
+        self.padded: tuple[tuple[int, ...], tuple[int, ...]] | None = None
         self.clear()
 
     def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
@@ -165,7 +170,7 @@ class Tap:
         """Return ``call(features, labels, classifier)``; the features are used up by it."""
         features, classifier = self._take(), self.classifier
         if self.padded is not None and isinstance(labels, Tensor):
-            self.watch.notice_padding(self.padded, tuple(labels.shape[1:]))
+            self.watch.notice_padding(*self.padded, tuple(labels.shape[1:]))
         if hasattr(features, "full_tensor"):
             features = features.full_tensor()  # of a classifier that tensor parallelism has split
         options["channels_last"] = reads_rows(classifier)
@@ -258,7 +263,10 @@ class Tap:
         features = _first(args, kwargs)
         if not self.listens(module):
             if self.classifier is not None and not self.working and _is_plain_eager():
-                self.seen = features.detach()
+                self.seen = features.detach() if isinstance(features, Tensor) else None
+            return
+        if not isinstance(features, Tensor):
+            self.clear(_NO_TENSOR.format(kind=type(features).__name__))
             return
         # Whether a dropout near the classifier really precedes it shows here and only here.
         if self.dropped is features and self.undropped is not None:
@@ -294,8 +302,9 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
     Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
     """
     # PEFT's copy of a layer stands where the layer stood, which comes before it.
-    path, entrance = (each.partition(".modules_to_save.")[0] for each in (path, entrance))
-    modules = list(model.modules())
+    path, entrance = (re.sub(r"\.modules_to_save\.[^.]+$", "", each) for each in (path, entrance))
+    # A dropout that several blocks share stands in each of them.
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     earlier = modules[: modules.index(model.get_submodule(path))]
     leaves = [module for module in reversed(earlier) if not [*module.children()]]
     before = takewhile(lambda module: isinstance(module, _DropoutNd | nn.Identity), leaves)
@@ -303,6 +312,5 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
     return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    first: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return first
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))

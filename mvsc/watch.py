@@ -62,7 +62,7 @@ class Watch:
         """Return whether the labels of this step are to be read; on a device, three times."""
         if labels.device.type == "cpu":
             return True
-        if self.checks_left == 0 or is_capturing(labels.device):
+        if self.checks_left == 0 or labels.is_meta or is_capturing(labels.device):
             return False
         self.checks_left -= 1
         return True
@@ -73,11 +73,15 @@ class Watch:
             self.said.add(what)
             warn(message)
 
-    def notice_padding(self, padded: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    def notice_padding(
+        self, padded: tuple[int, ...], cropped: tuple[int, ...], labels: tuple[int, ...]
+    ) -> None:
         """Warn if labels were not padded as a model that crops its logits pads its images."""
         if len(padded) != len(labels):
             return  # an error comes
-        if any(a * labels[0] != b * padded[0] for a, b in zip(padded, labels, strict=True)):
+        # Of another resolution they may be; but all axes may have been padded by one factor.
+        ratio = all(a * labels[0] == b * padded[0] for a, b in zip(padded, labels, strict=True))
+        if labels == cropped or not ratio:
             self.say(
                 "sizes",
                 "the model pads its images and crops its logits, so labels of "

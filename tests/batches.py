@@ -1,28 +1,61 @@
 """What tests share: awkward batches, as training meets them, and a watch on reads by the host."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvsc import MVSCRegularizer
+import oracle
+from mvsc import MVSCRegularizer, sampling
 
 IGNORE = 255
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+FORMS = [(axes, rows) for axes in (1, 2, 3) for rows in (False, True)]
+"""Spatial axes of a map, and whether a Linear reads it, channels last."""
+
+
+class Net(nn.Module):
+    """An encoder of two channels and a classifier, of a form; returns features and logits."""
+
+    def __init__(self, axes: int, rows: bool, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.rows, conv = rows, CONVOLUTIONS[axes - 1]
+        self.encoder = conv(2, dim, 3, padding=1)
+        self.classifier = nn.Linear(dim, num_classes) if rows else conv(dim, num_classes, 1)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(inputs).tanh()
+        features = features.movedim(1, -1) if self.rows else features
+        return features, self.classifier(features)
+
+
+def as_it_is(features: Any) -> Any:
+    return features
 
 
 @dataclass
 class Batch:
-    """A regularizer and what one step gives it, everything in float64."""
+    """A regularizer and what one step gives it, everything in float64.
+
+    ``as_map`` turns the features, or an array of their shape, into ``(batch, dim, *spatial)``.
+    """
 
     reg: MVSCRegularizer
     features: Tensor
     labels: Tensor
-    classifier: nn.Conv2d
+    classifier: Any
+    as_map: Callable[[Any], Any] = as_it_is
+    options: dict[str, Any] = field(default_factory=dict)
 
     def loss(self) -> Tensor:
-        return self.reg(self.features, self.labels, self.classifier)
+        return self.reg(self.features, self.labels, self.classifier, **self.options)
 
     def leaves(self) -> list[Tensor]:
         weight, bias = self.classifier.weight, self.classifier.bias
@@ -58,6 +91,56 @@ def batches(draw: st.DrawFn, **options: object) -> Batch:
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     reg = MVSCRegularizer(num_classes, dim, groups, seed=seed, **options).double()  # type: ignore[arg-type]
     return Batch(reg, features, torch.tensor(allowed)[choice], classifier)
+
+
+def draws(step: Batch) -> tuple[Tensor, Tensor]:
+    """Repeat what the step that was just taken has drawn."""
+    reg, size = step.reg, step.as_map(step.features).shape[2:]
+    key = sampling.stream_key(reg.seed, reg.step)
+    grid = sampling.labels_on_grid(step.labels, size, reg.num_classes, reg.ignore_index)
+    cells = sampling.draw_groups(grid, reg.groups, reg.num_classes, key)
+    return cells, sampling.draw_halves(reg.groups, key)
+
+
+def by_oracle(step: Batch, features, centroids, weight, bias):
+    """Compute the weighted sum of the step that was just taken in NumPy."""
+    reg, features = step.reg, step.as_map(features)
+    cells, order = draws(step)
+    grid = oracle.labels_on_grid(
+        step.labels.numpy(), features.shape[2:], reg.num_classes, reg.ignore_index
+    )
+    means = oracle.means(
+        features, grid, (cells // reg.num_classes).numpy(), reg.groups, reg.num_classes
+    )
+    half_a, half_b = order[: reg.groups // 2].tolist(), order[reg.groups // 2 :].tolist()
+    # Inside a uniform region each place of a wide kernel sees the same vector (R13).
+    weight = weight.reshape(*weight.shape[:2], -1).sum(-1)
+    return oracle.total(
+        oracle.alignment(means, centroids, reg.temperature, reg.align_to),
+        oracle.pull(centroids, half_a, half_b),
+        oracle.classification(means, centroids, weight, bias, reg.enhance),
+        (reg.align_weight, reg.pull_weight, reg.classify_weight),
+    )
+
+
+def relative_error(found, expected):
+    scale = max(np.abs(expected).max(initial=0.0), 1e-3)
+    return np.abs(found - expected).max(initial=0.0) / scale
+
+
+def check_by_oracle(step: Batch) -> None:
+    """Take a step and compare its loss, and every gradient, with the oracle's."""
+    loss = step.loss()
+    gradients = torch.autograd.grad(loss, step.leaves(), allow_unused=True)
+    values = [leaf.detach().numpy() for leaf in step.leaves()]
+    assert relative_error(loss.item(), by_oracle(step, *values)) < 1e-12
+    for position, gradient in enumerate(gradients):
+
+        def along(nudged, position=position):
+            return by_oracle(step, *values[:position], nudged, *values[position + 1 :])
+
+        found = np.zeros(values[position].shape) if gradient is None else gradient.numpy()
+        assert relative_error(found, oracle.derivative(along, values[position])) < 1e-12
 
 
 class NoHostReads(TorchDispatchMode):

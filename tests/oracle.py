@@ -10,28 +10,28 @@ import numpy as np
 EPS = 1e-6
 
 
-def labels_on_grid(labels, height, width, num_classes, ignore_index):
+def labels_on_grid(labels, size, num_classes, ignore_index):
     """Label at the centre of each feature pixel; None where it does not count."""
-    batch, full_height, full_width = labels.shape
-    grid = np.full((batch, height, width), None, dtype=object)
-    for b in range(batch):
-        for i in range(height):
-            for j in range(width):
-                # The centre of pixel i lies at (i + 1/2) H / h, in units of label pixels.
-                row = int(np.floor((2 * i + 1) * full_height / (2 * height)))
-                column = int(np.floor((2 * j + 1) * full_width / (2 * width)))
-                label = int(labels[b, row, column])
-                if 0 <= label < num_classes and label != ignore_index:
-                    grid[b, i, j] = label
+    batch, *full_size = labels.shape
+    grid = np.full((batch, *size), None, dtype=object)
+    for b, *place in np.ndindex(grid.shape):
+        # The centre of pixel i lies at (i + 1/2) H / h, in units of label pixels.
+        centre = [
+            int(np.floor((2 * i + 1) * full / (2 * n)))
+            for i, full, n in zip(place, full_size, size, strict=True)
+        ]
+        label = int(labels[(b, *centre)])
+        if 0 <= label < num_classes and label != ignore_index:
+            grid[(b, *place)] = label
     return grid
 
 
 def means(features, grid, group_of, groups, num_classes):
     """Eq. (1): mean feature of each cell; None for a cell without pixels."""
     cells = [[[] for _ in range(num_classes)] for _ in range(groups)]
-    for b, i, j in np.ndindex(grid.shape):
-        if grid[b, i, j] is not None:
-            cells[group_of[b, i, j]][grid[b, i, j]].append(features[b, :, i, j])
+    for index in np.ndindex(grid.shape):
+        if grid[index] is not None:
+            cells[group_of[index]][grid[index]].append(np.moveaxis(features, 1, -1)[index])
     return [[sum(pixels) / len(pixels) if pixels else None for pixels in row] for row in cells]
 
 

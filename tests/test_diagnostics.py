@@ -83,7 +83,7 @@ def test_alignment_of_any_batch_is_numpys(step, align_to, split):
 @settings(max_examples=60, deadline=None)
 def test_the_means_of_any_split_average_to_those_of_the_class(step, groups):
     grid = oracle.labels_on_grid(
-        step.labels.numpy(), *step.features.shape[2:], step.reg.num_classes, IGNORE
+        step.labels.numpy(), step.features.shape[2:], step.reg.num_classes, IGNORE
     )
     features = step.features.detach().numpy()
     one_group = np.zeros(grid.shape, dtype=int)
@@ -117,7 +117,7 @@ def test_the_split_does_not_change_from_call_to_call():
 def test_compactness_and_separation_of_any_map_are_numpys(step):
     num_classes = step.reg.num_classes
     means, counts = diagnostics.unit_means(step.features, step.labels, num_classes)
-    grid = oracle.labels_on_grid(step.labels.numpy(), *step.features.shape[2:], num_classes, IGNORE)
+    grid = oracle.labels_on_grid(step.labels.numpy(), step.features.shape[2:], num_classes, IGNORE)
     pixels = {c: [] for c in range(num_classes)}
     for b, i, j in np.ndindex(grid.shape):
         if grid[b, i, j] is not None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from batches import FORMS, Net
 from mvsc import MVSCRegularizer, assert_in_sync, distributed, equations, sampling
 from mvsc.kernel import segment_sum
 
@@ -136,6 +137,31 @@ def gradients(rank, step=0, group=None, **options):
     parallel = DistributedDataParallel(model, process_group=group)
     images, labels = batch(rank, step)
     features, logits = parallel(images)
+    loss = reg(features, labels, model.classifier)
+    (loss + 0 * logits.sum()).backward()
+    return loss.detach(), [p.grad for p in [*model.parameters(), *reg.parameters()]]
+
+
+def form(axes, rows, **options):
+    """Return a model of a form and its regularizer; with one group nothing depends on draws."""
+    torch.manual_seed(0)
+    reg = MVSCRegularizer(CLASSES, DIM, groups=1, **options)
+    return Net(axes, rows, DIM, CLASSES).double(), reg.double()
+
+
+def batch_of_form(rank, axes):
+    generator = torch.Generator().manual_seed(rank)
+    size = (7, 6, 5)[:axes]
+    inputs = torch.randn(1 + rank, 2, *size, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(0, 3, (1 + rank, *size), generator=generator) + rank
+
+
+def gradients_of_form(rank, axes, rows, **options):
+    """Take one step with a map of a form: its loss, and the gradients after averaging."""
+    model, reg = form(axes, rows, **options)
+    inputs, labels = batch_of_form(rank, axes)
+    parallel = DistributedDataParallel(model)
+    features, logits = parallel(inputs)
     loss = reg(features, labels, model.classifier)
     (loss + 0 * logits.sum()).backward()
     return loss.detach(), [p.grad for p in [*model.parameters(), *reg.parameters()]]
@@ -282,6 +308,10 @@ def work(rank, folder, world, wirings):
             "drifted": drifted(rank),
             "nowhere": nowhere(),
             "other sizes": in_sync(MVSCRegularizer(CLASSES, DIM, groups=1 + rank)),
+            **{each: gradients_of_form(rank, *each) for each in FORMS},
+            **{
+                (*each, "global"): gradients_of_form(rank, *each, sync_means=True) for each in FORMS
+            },
         }
     if world == 2 and FSDP2_ON_CPU:
         results |= {
@@ -413,6 +443,36 @@ def test_means_over_processes_are_those_of_the_concatenated_batch(two, result, s
         value, gradients = two[rank][result]
         assert_close(value, loss.detach(), rtol=1e-12, atol=0)
         assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("axes", "rows"), FORMS)
+def test_a_map_of_any_form_is_trained_by_two_processes_as_by_one(two, axes, rows):
+    expected, losses = [], []
+    for rank in range(2):
+        model, reg = form(axes, rows)
+        inputs, labels = batch_of_form(rank, axes)
+        loss = reg(model(inputs)[0], labels, model.classifier)
+        expected.append(torch.autograd.grad(loss, [*model.parameters(), *reg.parameters()]))
+        losses.append(loss.detach())
+    averaged = [sum(gradients) / 2 for gradients in zip(*expected, strict=True)]
+    for rank in range(2):
+        value, gradients = two[rank][axes, rows]
+        assert_close(value, losses[rank], rtol=1e-12, atol=0)
+        assert_close(gradients, averaged, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(("axes", "rows"), FORMS)
+def test_global_means_of_any_form_are_those_of_the_concatenated_batch(two, axes, rows):
+    model, reg = form(axes, rows)
+    inputs, labels = (
+        torch.cat(each) for each in zip(batch_of_form(0, axes), batch_of_form(1, axes), strict=True)
+    )
+    loss = reg(model(inputs)[0], labels, model.classifier)
+    expected = torch.autograd.grad(loss, [*model.parameters(), *reg.parameters()])
+    for rank in range(2):
+        value, gradients = two[rank][axes, rows, "global"]
+        assert_close(value, loss.detach(), rtol=1e-12, atol=0)
+        assert_close(gradients, list(expected), rtol=1e-11, atol=1e-14)
 
 
 def test_without_sync_the_gradients_of_the_centroids_differ(two):

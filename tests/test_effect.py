@@ -1,7 +1,10 @@
 """The study of the effect: its arms train, its cells are kept, its tables are right."""
 
+import functools
 import importlib
+import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,19 +16,24 @@ from accelerate.state import AcceleratorState
 
 import mvsc
 import tiny_data
+from mvsc.regularizer import CellMeans
 
 pytest.importorskip("pytorch_metric_learning")
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "benchmarks" / "effect"
-for each in (ROOT / "examples" / "recipes", ROOT / "benchmarks", STUDY):
-    sys.path.insert(0, str(each))
 
 arms = importlib.import_module("arms")
+candidates = importlib.import_module("candidates")
+frontier = importlib.import_module("frontier")
+judge = importlib.import_module("judge")
+kept = importlib.import_module("kept")
 report = importlib.import_module("report")
 study = importlib.import_module("study")
+variants = importlib.import_module("variants")
 from data import open_split  # noqa: E402
 from models import build  # noqa: E402
 from recipes import Recipe  # noqa: E402
+from rivals import ClassMeans  # noqa: E402
 from test_recipes import press_ctrl_c  # noqa: E402
 from train import losses, read_metrics  # noqa: E402
 from weights import load_state  # noqa: E402
@@ -59,7 +67,7 @@ def test_every_arm_has_a_finite_loss_that_reaches_the_encoder(name, folder, batc
     found["loss"].backward()
     assert found["loss"].isfinite()
     assert all(p.grad.isfinite().all() for p in segmenter.model.parameters())
-    assert (name == "ce") == torch.isclose(found["loss"], plain, rtol=1e-6).item()
+    assert (name in ("ce", "longer")) == torch.isclose(found["loss"], plain, rtol=1e-6).item()
 
 
 def test_a_strength_follows_the_name():
@@ -113,9 +121,173 @@ def test_class_means_are_classified_as_by_hand():
     features = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 2.0]])[None, :, None]  # means (2,0), (0,2)
     classifier = torch.nn.Conv2d(2, 2, 1, bias=False)
     torch.nn.init.eye_(classifier.weight.data[:, :, 0, 0])
-    rival = arms.ClassMeans(2, 2, 1.0)
+    rival = ClassMeans(2, 2, 1.0)
     loss = rival.terms(features, torch.tensor([[[0, 0, 1]]]), classifier).rival
     torch.testing.assert_close(loss, torch.log1p(torch.tensor(-2.0).exp()))
+
+
+GRID = torch.tensor([[[0, 0, 1, 3], [1, 2, 2, 2]], [[0, 3, 1, 1], [1, 1, 2, 0]]])  # 3: no class
+
+
+@pytest.fixture
+def cells():
+    """Features, the grid of three classes, and a classifier."""
+    generator = torch.Generator().manual_seed(0)
+    classifier = torch.nn.Conv2d(4, 3, 1)
+    torch.nn.init.normal_(classifier.weight, generator=generator)
+    torch.nn.init.normal_(classifier.bias, generator=generator)
+    features = torch.randn(2, 4, 2, 4, generator=generator, requires_grad=True)
+    return features, GRID, classifier
+
+
+def of_pixels(features, grid, classifier):
+    """Return the logits of the labelled pixels, and their labels."""
+    known = grid < 3
+    return classifier(features).movedim(1, 3)[known], grid[known]
+
+
+def alike(losses, labels):
+    """Average the losses of each class, then the classes."""
+    return torch.stack([losses[labels == label].mean() for label in labels.unique()]).mean()
+
+
+def test_cells_of_one_pixel_are_class_balanced_cross_entropy(cells):
+    logits, labels = of_pixels(*cells)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    found = candidates.CellMeansOfPixels(3, 4, 1.0).loss(*cells)
+    torch.testing.assert_close(found, alike(losses, labels))
+
+
+def test_cells_without_end_are_class_means(cells):
+    of_all = candidates.CellMeans(3, 4, 1.0)
+    of_all.k = 10**6
+    torch.testing.assert_close(of_all.loss(*cells), ClassMeans(3, 4, 1.0).loss(*cells))
+
+
+def test_iou_of_single_pixels_is_the_log_of_the_soft_jaccard_index(cells, folder):
+    logits, labels = of_pixels(*cells)
+    chances, own = logits.softmax(dim=1), torch.nn.functional.one_hot(labels, 3)
+    hit = (chances * own).sum(dim=0)
+    by_hand = -(hit / (chances.sum(dim=0) + own.sum(dim=0) - hit)).log().mean()
+    found = candidates.CellIoUOfPixels(3, 4, 1.0).loss(*cells)
+    torch.testing.assert_close(found, by_hand)
+    # The same of the logits, beside cross-entropy.
+    criterion = arms.jaccard(2.0, open_split("folder", folder, "train"))
+    whole, target = cells[2](cells[0]), torch.where(GRID == 3, 255, GRID)
+    plain = torch.nn.functional.cross_entropy(whole, target, ignore_index=255)
+    torch.testing.assert_close(criterion(whole, target), plain + 2 * by_hand)
+
+
+def test_iou_of_whole_classes_is_lv_and_a_price_for_what_others_spill(cells):
+    features, grid, classifier = cells
+    iou = candidates.CellIoU(3, 4, 1.0)
+    iou.k = 10**6
+    means, counts = mvsc.segment_mean(features, grid, 3)
+    chances = classifier(means[..., None, None]).flatten(1).softmax(dim=1)
+    spilled = (counts[:, None] * chances).fill_diagonal_(0).sum(dim=0)
+    price = (1 + spilled / counts).log().mean()
+    expected = ClassMeans(3, 4, 1.0).loss(*cells) + price
+    torch.testing.assert_close(iou.loss(*cells), expected)
+
+
+def test_a_cell_holds_at_most_k_pixels_of_one_class():
+    grid = torch.randint(0, 4, (3, 9, 7))
+    for k in (1, 5, 1000):
+        cell, owner = candidates.pixel_cells(grid, 3, k)
+        known = grid < 3
+        assert torch.equal(owner[cell[known]], grid[known])
+        assert (cell[~known] == len(owner)).all()
+        sizes = torch.bincount(cell[known], minlength=len(owner))
+        assert 1 <= sizes.min() <= sizes.max() <= k
+    cell, owner = candidates.image_cells(grid, 3)
+    images = torch.arange(3)[:, None, None].expand_as(grid)[known]
+    assert torch.equal(cell[known], images * 3 + grid[known])
+
+
+def test_cells_become_single_pixels_by_the_last_step():
+    finer = candidates.FinerCellIoU(3, 4, 1.0)
+    finer.steps = 4
+    sizes = []
+    for step in range(5):
+        finer.step.fill_(step)
+        sizes.append(finer.size())
+    assert sizes == [4096, 512, 64, 8, 1]
+
+
+def test_without_spread_the_cumulant_is_class_means_and_spread_only_adds(cells):
+    features, grid, classifier = cells
+    plain = ClassMeans(3, 4, 1.0).loss(*cells)
+    assert candidates.Cumulant(3, 4, 1.0).loss(*cells) > plain
+    means, _ = mvsc.segment_mean(features, grid, 3)
+    flat = torch.cat([means, means.new_zeros(1, 4)])[grid].movedim(3, 1)
+    found = candidates.Cumulant(3, 4, 1.0).loss(flat, grid, classifier)
+    torch.testing.assert_close(found, plain)
+    ramp = candidates.RampedCumulant(3, 4, 1.0)  # in step 0
+    torch.testing.assert_close(ramp.loss(*cells), plain)
+
+
+def test_a_classifier_that_knows_the_shares_has_nothing_to_shift(cells):
+    classifier = cells[2]
+    rival = candidates.PriorConsistent(3, 4, 1.0)
+    rival.log_shares = torch.tensor([0.7, 0.2, 0.1]).log()
+    plain = ClassMeans(3, 4, 1.0).loss(*cells)
+    with torch.no_grad():
+        classifier.bias += rival.log_shares
+    torch.testing.assert_close(rival.loss(*cells), plain)
+
+
+def test_a_frozen_classifier_learns_nothing_and_the_features_the_same(cells):
+    features, _, classifier = cells
+    grads = []
+    for kind in (ClassMeans, candidates.Frozen):
+        features.grad = classifier.weight.grad = classifier.bias.grad = None
+        loss = kind(3, 4, 1.0).loss(*cells)
+        loss.backward()
+        grads.append((loss, features.grad))
+    torch.testing.assert_close(*grads)
+    assert classifier.weight.grad is classifier.bias.grad is None
+
+
+def test_the_corners_of_the_simplex_are_equally_far_apart():
+    corners = candidates.Simplex(5, 8, 1.0).corners
+    expected = torch.full((5, 5), -0.25).fill_diagonal_(1)
+    torch.testing.assert_close(corners @ corners.T, expected)
+
+
+def test_a_pixel_is_worth_what_it_adds_to_the_ious(cells):
+    features, grid, classifier = cells
+    rival = candidates.RivalCells(3, 4, 1.0)
+    found = rival.loss(*cells)
+    logits, labels = of_pixels(*cells)
+    hits = torch.stack([((logits.argmax(1) == c) & (labels == c)).sum() for c in range(3)])
+    unions = torch.stack([((logits.argmax(1) == c) | (labels == c)).sum() for c in range(3)])
+    others = logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    top, total = 0.0, 0.0
+    for c, k in itertools.permutations(range(3), 2):
+        mine = (labels == c) & (others == k)
+        if mine.any():
+            vectors = features.movedim(1, 3)[grid < 3][mine].mean(dim=0)
+            logit = classifier(vectors[None, :, None, None]).flatten()
+            weight = mine.sum() * (1 / unions[c] + hits[k] / unions[k] ** 2)
+            top = top - weight * logit.log_softmax(dim=0)[c]
+            total = total + weight
+    torch.testing.assert_close(found, top / total)
+
+
+def test_an_arm_that_trains_longer_has_more_steps(folder):
+    data = open_split("folder", folder, "train")
+    recipe = Recipe(data_root=folder, steps=396)
+    assert arms.ingredients(arms.find("longer@1.5"), recipe, data)[0].steps == 594
+    assert arms.ingredients(arms.find("ce"), recipe, data)[0].steps == 396
+
+
+def test_deviations_of_the_groups_stay_in_the_value():
+    reg = variants.Deviation(num_classes=1, dim=1, groups=2)
+    means = torch.tensor([[[4.0]], [[1.0]]], requires_grad=True)  # of 1 and 2 pixels: 2 in all
+    enhanced = reg.enhanced(of_cells([[1], [2]], means), torch.tensor([[[10.0]], [[20.0]]]))
+    assert enhanced.flatten().tolist() == [12.0, 19.0]
+    enhanced.sum().backward()
+    assert means.grad.flatten().tolist() == [1.0, 1.0]
 
 
 def draw(reg):
@@ -131,7 +303,7 @@ def draw(reg):
 def test_a_variant_that_changes_nothing_is_the_library(align_to):
     options = {"num_classes": 4, "dim": 6, "seed": 3, "align_to": align_to}
     found = []
-    for kind in (mvsc.MVSCRegularizer, arms.Variant):
+    for kind in (mvsc.MVSCRegularizer, variants.Variant):
         reg = kind(**options)
         batch = draw(reg)
         for _ in range(2):
@@ -139,38 +311,43 @@ def test_a_variant_that_changes_nothing_is_the_library(align_to):
         reg.total(terms).backward()
         found.append([*terms, batch[0].grad, reg.centroids.grad, batch[2].weight.grad, reg.step])
     for ours, library in zip(*found, strict=True):
-        torch.testing.assert_close(ours, library)
+        assert torch.equal(ours, library)
+
+
+def of_cells(counts, means=None):
+    """Make what Eq. (1) gives, of given counts."""
+    counts = torch.tensor(counts)
+    return CellMeans(means, counts, counts > 0)
 
 
 def test_a_cell_counts_as_its_pixels_do():
-    reg = arms.ByCount(num_classes=3, dim=2, groups=1)
-    counts = torch.tensor([[3.0, 1.0, 0.0]])
+    reg = variants.ByCount(num_classes=3, dim=2, groups=1)
     vectors = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 1.0], [9.0, 0.0, 0.0]]])
-    loss = reg.classify(vectors, counts, lambda v: v)
+    loss = reg.classify(vectors, of_cells([[3, 1, 0]]), lambda v: v)
     e = torch.tensor([2.0, 1.0]).exp()
     by_hand = (3 * ((e[0] + 2) / e[0]).log() + (e[1] + 2).log()) / 4
     torch.testing.assert_close(loss, by_hand)
 
 
 def test_absent_classes_are_classified_too():
-    reg = arms.AllClasses(num_classes=2, dim=2, groups=1)
+    reg = variants.AllClasses(num_classes=2, dim=2, groups=1)
     vectors = torch.tensor([[[2.0, 0.0], [3.0, 0.0]]])
-    loss = reg.classify(vectors, torch.tensor([[5, 0]]), lambda v: v)
+    loss = reg.classify(vectors, of_cells([[5, 0]]), lambda v: v)
     by_hand = (torch.log1p(torch.tensor(-2.0).exp()) + torch.log1p(torch.tensor(3.0).exp())) / 2
     torch.testing.assert_close(loss, by_hand)
 
 
 def test_groups_that_are_apart_cost_nothing():
-    reg = arms.Apart(num_classes=1, dim=3, groups=3)
+    reg = variants.Apart(num_classes=1, dim=3, groups=3)
     with torch.no_grad():
         reg.centroids.copy_(torch.tensor([2.0, 3.0, 0.5])[:, None, None] * torch.eye(3)[:, None])
-        assert reg.pull() == 0
+        assert reg.pull(reg.centroids) == 0
         reg.centroids[2] = reg.centroids[1]  # one pair of three is one
-        torch.testing.assert_close(reg.pull(), torch.tensor(1.0))
+        torch.testing.assert_close(reg.pull(reg.centroids), torch.tensor(1.0))
 
 
 def test_weights_fade_to_nothing():
-    reg = arms.Fading(num_classes=3, dim=2, groups=2)
+    reg = variants.Fading(num_classes=3, dim=2, groups=2)
     reg.steps = 4
     terms = mvsc.MVSCTerms(*torch.tensor([1.0, 2.0, 3.0]))
     whole = mvsc.MVSCRegularizer(3, 2, 2).total(terms)
@@ -180,39 +357,39 @@ def test_weights_fade_to_nothing():
 
 
 def test_slow_centroids_have_a_tenth_of_the_rate():
-    group = arms.Slow(num_classes=3, dim=2, groups=2).param_group(lr=0.5)
+    group = variants.Slow(num_classes=3, dim=2, groups=2).param_group(lr=0.5)
     assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.05, 0.0, 1)
 
 
 def test_the_memory_is_the_first_mean_and_then_follows():
-    reg = arms.Memory(num_classes=2, dim=1, groups=2)
+    reg = variants.Memory(num_classes=2, dim=1, groups=2)
     means = torch.tensor([[[4.0], [7.0]], [[1.0], [0.0]]], requires_grad=True)
-    enhanced = reg.enhanced(means, torch.tensor([[1, 0], [2, 0]]))
+    enhanced = reg.enhanced(of_cells([[1, 0], [2, 0]], means), reg.centroids)
     assert reg.memory.flatten().tolist() == [2.0, 0.0]
     assert enhanced.flatten().tolist() == [2.0, 0.0, 2.0, 0.0]
     enhanced.sum().backward()
     assert means.grad.flatten().tolist() == [1.0] * 4
-    reg.enhanced(means * 0 + 7, torch.tensor([[0, 3], [1, 0]]))
+    reg.enhanced(of_cells([[0, 3], [1, 0]], means * 0 + 7), reg.centroids)
     assert reg.memory.flatten().tolist() == [2.5, 7.0]
-    copy = arms.Memory(num_classes=2, dim=1, groups=2)
+    copy = variants.Memory(num_classes=2, dim=1, groups=2)
     copy.load_state_dict(reg.state_dict())
     assert torch.equal(copy.memory, reg.memory)
     assert copy.seen.all()
 
 
 def test_a_margin_lowers_the_cosine_to_the_own_class():
-    reg = arms.Margin(num_classes=3, dim=2, groups=1, temperature=0.5)
+    reg = variants.Margin(num_classes=3, dim=2, groups=1, temperature=0.5)
     means = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])
-    targets = torch.tensor([[1.0, 0.0], [3.0, 4.0], [1.0, 1.0]])
-    loss = reg.align(means, targets, torch.tensor([[True, True, False]]))
+    centroids = torch.tensor([[[1.0, 0.0], [3.0, 4.0], [1.0, 1.0]]])
+    loss = reg.align(of_cells([[2, 1, 0]], means), centroids)
     e = torch.tensor([0.9, 0.6, 0.0, 0.7]).div(0.5).exp()
     by_hand = -((e[0] / (e[0] + e[1])).log() + (e[3] / (e[2] + e[3])).log()) / 2
     torch.testing.assert_close(loss, by_hand)
 
 
 def test_a_learned_temperature_begins_as_the_given_one_and_moves():
-    reg = arms.LearnedTemperature(num_classes=4, dim=6, temperature=0.2)
-    fixed = arms.Variant(num_classes=4, dim=6, temperature=0.2)
+    reg = variants.LearnedTemperature(num_classes=4, dim=6, temperature=0.2)
+    fixed = variants.Variant(num_classes=4, dim=6, temperature=0.2)
     optimizer = torch.optim.SGD([reg.param_group(lr=0.1)])
     terms = reg.terms(*draw(reg))
     torch.testing.assert_close(terms.align, fixed.terms(*draw(fixed)).align)
@@ -222,12 +399,12 @@ def test_a_learned_temperature_begins_as_the_given_one_and_moves():
 
 
 def test_whole_images_are_dealt_evenly_to_the_groups():
-    reg = arms.ByImage(num_classes=3, dim=2, groups=4)
+    reg = variants.ByImage(num_classes=3, dim=2, groups=4)
     label = torch.tensor([0, 1, 2, 3]).expand(8, 2, 4)
     seen = set()
     for step in range(5):
         reg.step.fill_(step)
-        cells = reg.split(torch.zeros(8, 2, 2, 4), label)
+        cells = reg.split(label, torch.zeros(8, 2, 2, 4))
         of_image = cells[:, 0, 0] // 3
         assert torch.equal(cells == 12, label == 3)
         assert torch.equal((cells % 3)[label < 3], label[label < 3])
@@ -238,23 +415,131 @@ def test_whole_images_are_dealt_evenly_to_the_groups():
 
 
 def test_the_hardest_pixels_of_a_class_come_first():
-    reg = arms.ByDifficulty(num_classes=2, dim=2, groups=2)
+    reg = variants.ByDifficulty(num_classes=2, dim=2, groups=2)
     with torch.no_grad():
         reg.centroids.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).expand(2, 2, 2))
     angle = torch.tensor([0.1, 3.0, 1.0, 0.2, 2.0, 0.5, 0.0])
     features = torch.stack([angle.cos(), angle.sin()])[None, :, None]
     grid = torch.tensor([[[0, 0, 0, 0, 1, 1, 2]]])
     # Angles from class 0: .1 and .2 are near, 1 and 3 far; from class 1: 2 is nearer than .5.
-    assert reg.split(features, grid).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
+    assert reg.split(grid, features).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
+
+
+def judged(shares, *images):
+    found = judge.Judge(torch.tensor(shares).log(), torch.device("cpu"))
+    for logits, label in images:
+        found.look(logits, label)
+    return found.scores()
+
+
+def test_a_shift_takes_tau_times_the_log_of_the_share_off_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 20, 30, generator=generator)
+    label = torch.randint(0, 3, (20, 30), generator=generator)
+    label[3] = 255
+    shares = [0.7, 0.2, 0.1]
+    log_shares = torch.tensor(shares).log()[:, None, None]
+    curve = judged(shares, (logits, label))["frontier"]
+    for tau, accuracy in zip(curve["tau"], curve["aAcc"], strict=True):
+        shifted = logits - tau * log_shares
+        hit = (shifted.argmax(dim=0) == label)[label != 255].double().mean()
+        assert accuracy == pytest.approx(100 * hit.item())
+    assert len(set(curve["mIoU"])) == len(judge.TAUS) == 8
+    # A constant of a class can be added before or after the logits are resized.
+    small = torch.randn(3, 5, 7, generator=generator)
+    resize = functools.partial(torch.nn.functional.interpolate, size=(20, 30), mode="bilinear")
+    torch.testing.assert_close(resize((small - log_shares)[None]), resize(small[None]) - log_shares)
+
+
+def test_calibration_is_as_by_hand():
+    # Four pixels are looked at; three of them sure of class 0 at 0.8, one at 0.6 of class 1.
+    chances = torch.tensor([[0.8, 0.8, 0.8, 0.4], [0.2, 0.2, 0.2, 0.6]])
+    logits = chances.log().view(2, 1, 4).repeat_interleave(judge.EVERY, dim=2)
+    label = torch.tensor([[0, 0, 1, 1]]).repeat_interleave(judge.EVERY, dim=1)
+    found = judged([0.5, 0.5], (logits, label))["calibration"]
+    plain = found["temperature"].index(1.0)
+    of_0, of_1 = -math.log(0.8), -(math.log(0.2) + math.log(0.6)) / 2
+    assert found["nll"][plain] == pytest.approx((of_0 + of_1) / 2, rel=1e-5)
+    assert found["balanced_nll"][plain] == pytest.approx((of_0 + of_1) / 2, rel=1e-5)
+    by_hand = 100 * (abs(3 * 0.8 - 2) + abs(0.6 - 1)) / 4
+    assert found["ece"][plain] == pytest.approx(by_hand, rel=1e-5)
+    twice = found["temperature"].index(2.0)
+    softer = chances.sqrt() / chances.sqrt().sum(dim=0)
+    expected = -softer[label[0, :: judge.EVERY], range(4)].log().mean().item()
+    assert found["nll"][twice] == pytest.approx(expected, rel=1e-5)
+
+
+def test_images_are_dealt_to_two_halves():
+    image = torch.tensor([[[9.0, 9.0]], [[0.0, 0.0]]])
+    right, wrong = torch.tensor([[0, 0]]), torch.tensor([[1, 1]])
+    found = judged([0.5, 0.5], (image, right), (image, wrong), (image, right))
+    first, second = found["frontier"]["halves"]
+    assert (first["aAcc"][1], second["aAcc"][1]) == (100, 0)
+    assert found["frontier"]["aAcc"][1] == pytest.approx(200 / 3)
+
+
+def curve(accuracy, miou):
+    whole = {"tau": [-0.5, 0.0, 0.5], "aAcc": accuracy, "mIoU": miou}
+    return {**whole, "halves": [{"aAcc": accuracy, "mIoU": miou}] * 2}
+
+
+BASE = {"frontier": curve([49.0, 50.0, 46.0], [9.0, 10.0, 11.0])}
+
+
+def test_a_curve_is_read_at_the_accuracy_of_cross_entropy_and_a_bit_below():
+    run = {"frontier": curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0])}
+    assert frontier.gain_at(run, BASE, 0) == pytest.approx(3.0)  # a quarter of the way
+    assert frontier.gain_at(run, BASE, 2) == pytest.approx(5.0)
+    assert frontier.gain_at(run, BASE, 9) == pytest.approx(6.0)
+    assert frontier.gain_at(BASE, BASE, 0) == 0
+    lower = {"frontier": curve([40.0, 40.0, 40.0], [10.0, 12.0, 16.0])}
+    assert frontier.gain_at(lower, BASE, 2) is None
+
+
+def test_a_tau_is_chosen_on_images_that_do_not_judge_it():
+    run = {"frontier": curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0])}
+    # The first half would take the last tau for it, the second the first.
+    run["frontier"]["halves"] = [
+        {"aAcc": [50.0, 50.0, 50.0], "mIoU": [0.0, 0.0, 1.0]},
+        {"aAcc": [50.0, 49.0, 47.0], "mIoU": [30.0, 20.0, 10.0]},
+    ]
+    assert frontier.chosen(run, BASE, 0) == ((10 + 0) / 2 - 10, (47 + 50) / 2 - 50)
+    run["frontier"]["halves"][0]["aAcc"] = [40.0, 40.0, 40.0]
+    assert frontier.chosen(run, BASE, 2) is None
+
+
+def test_a_temperature_is_chosen_on_images_that_do_not_judge_it():
+    halves = [
+        {"nll": [1.0, 2.0], "balanced_nll": [3.0, 4.0], "ece": [5.0, 6.0]},
+        {"nll": [9.0, 8.0], "balanced_nll": [7.0, 6.0], "ece": [5.0, 4.0]},
+    ]
+    run = {"calibration": {"temperature": [1.0, 2.0], **halves[0], "halves": halves}}
+    assert frontier.untempered(run) == {"nll": 1.0, "balanced_nll": 3.0, "ece": 5.0}
+    assert frontier.tempered(run) == {"nll": 5.5, "balanced_nll": 5.5, "ece": 5.5}
+
+
+def test_the_table_of_frontiers_has_the_best_first_and_says_what_is_not_reached():
+    found = {"calibration": {"temperature": [1.0], "nll": [1.0], "balanced_nll": [2.0]}}
+    found["calibration"] |= {"ece": [3.0]}
+    found["calibration"]["halves"] = [found["calibration"]] * 2
+    better, lower = curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0]), curve([9.0] * 3, [9.0] * 3)
+    runs = {"ce": {0: BASE | found, 1: BASE | found}}
+    runs["mvsc"] = dict.fromkeys((0, 1), {"frontier": better} | found)
+    runs["low"] = {0: {"frontier": lower} | found}
+    rows = report.frontiers(runs).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| mvsc", "| ce", "| low"]
+    assert rows[2].startswith("| mvsc | 2 | +3.00 [+3.00, +3.00] | +3.50")
+    assert "| low | 1 | not reached" in rows[4]
+    assert "| mvsc | 2 | 1.000 | 2.000 | 3.000 |" in report.calibration(runs)
 
 
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
     label = torch.zeros(1, 40, dtype=torch.uint8)
     label[:, 20:] = 7
     label[:, 22] = 255
-    near = study.near_border(label)[0].nonzero().flatten().tolist()
-    assert near == [p for p in range(20 - study.BAND, 20 + study.BAND) if p != 22]
-    assert not study.near_border(torch.full((9, 9), 255, dtype=torch.uint8)).any()
+    near = judge.near_border(label)[0].nonzero().flatten().tolist()
+    assert near == [p for p in range(20 - judge.BAND, 20 + judge.BAND) if p != 22]
+    assert not judge.near_border(torch.full((9, 9), 255, dtype=torch.uint8)).any()
 
 
 def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
@@ -270,10 +555,10 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
         size=(32, 32),
     )
     study.run(settings, "short/segformer/mvsc/0")
-    path = tmp_path / "results" / "val" / "short" / "segformer" / "mvsc" / "seed0.json"
-    kept = json.loads(path.read_text())
-    assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(kept)
-    assert not any((tmp_path / "work" / "val").iterdir())
+    (run,) = kept.read(tmp_path / "results", "frontier")
+    assert run["cell"] == "short/segformer/mvsc/0"
+    assert {"mIoU", "mAcc", "aAcc", "boundary_mIoU", "iou", "log", "peak_mib"} <= set(run)
+    assert not any((tmp_path / "work" / "frontier").iterdir())
     monkeypatch.setattr(subprocess, "Popen", lambda command: pytest.fail("ran again"))
     study.main(settings)
     shares = json.loads((tmp_path / "results" / "classes.json").read_text())
@@ -290,8 +575,8 @@ def test_a_cell_is_a_process_of_its_own(folder, tmp_path):
         *("--size", "32", "32", "--hold-out"),
     ]
     subprocess.run(command, check=True)
-    path = tmp_path / "results" / "hold_out" / "short" / "segformer" / "ce" / "seed0.json"
-    assert json.loads(path.read_text())["steps"] == 1
+    (run,) = kept.read(tmp_path / "results", "hold_out")
+    assert (run["cell"], run["steps"]) == ("short/segformer/ce/0", 1)
     links = (tmp_path / "work" / "hold_out_data" / "images").glob("*/*")
     assert sorted(link.parent.name for link in links) == ["train"] * 4 + ["val"]
 
@@ -304,12 +589,52 @@ def test_ctrl_c_saves_the_cell_that_runs_and_starts_no_other(folder, tmp_path):
         *("--heads", "segformer", "--arms", "ce", "--steps", "3000", "--batch-size", "2"),
         *("--size", "32", "32"),
     ]
-    cell = tmp_path / "work" / "val" / "short-segformer-ce-0"
+    cell = tmp_path / "work" / "frontier" / "short-segformer-ce-0"
     errors = press_ctrl_c(command, cell / "metrics.jsonl", 1)
     assert errors.endswith("Stopped and saved; the same command goes on from here.\n")
     assert "Traceback" not in errors
     assert load_state(cell / "last.pt")["step"] >= read_metrics(cell / "metrics.jsonl")[-1]["step"]
     assert [path.name for path in cell.parent.iterdir()] == [cell.name]
+
+
+def test_a_run_is_a_line_in_the_order_of_the_cells_and_replaces_its_own(tmp_path):
+    for cell, score in (("a/h/x/1", 1), ("b/h/x/0", 2), ("a/h/x/0", 3), ("a/g/x/0", 4)):
+        kept.add(tmp_path, "val", {"cell": cell, "mIoU": score})
+    kept.add(tmp_path, "val", {"cell": "a/h/x/1", "mIoU": 5})
+    kept.add(tmp_path, "hold_out", {"cell": "a/h/x/2"})
+    assert [run["mIoU"] for run in kept.read(tmp_path, "val")] == [4, 3, 5, 2]
+    assert kept.cells(tmp_path, "hold_out") == {"a/h/x/2"}
+    names = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert names == {"val-a.jsonl": 3, "val-b.jsonl": 1, "hold_out-a.jsonl": 1}
+
+
+ADD = """
+import sys
+from pathlib import Path
+import kept
+for seed in range(40):
+    kept.add(Path(sys.argv[1]), "val", {"cell": f"a/h/{sys.argv[2]}/{seed}"})
+"""
+
+
+def test_studies_that_finish_at_once_lose_no_run(tmp_path):
+    command = [sys.executable, "-c", ADD, str(tmp_path)]
+    both = [subprocess.Popen([*command, arm], cwd=STUDY) for arm in ("ce", "mvsc")]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(kept.cells(tmp_path, "val")) == 80
+
+
+def test_every_run_of_the_study_is_kept():
+    runs = {kind: kept.read(report.RESULTS, kind) for kind in ("val", "hold_out")}
+    # None may be lost when they are held in another way.
+    assert len(runs["val"]) >= 219
+    assert len(runs["hold_out"]) >= 35
+    for kind, found in runs.items():
+        assert len({run["cell"] for run in found}) == len(found)
+        for path in report.RESULTS.glob(f"{kind}-*.jsonl"):
+            of_file = map(json.loads, path.read_text("utf-8").splitlines())
+            schedules = {run["cell"].split("/")[0] for run in of_file}
+            assert schedules == {path.stem.removeprefix(f"{kind}-")} <= set(study.SCHEDULES)
 
 
 def test_intervals_are_students():
@@ -320,14 +645,13 @@ def test_intervals_are_students():
 
 def test_the_table_pairs_seeds_and_leaves_the_others_out(tmp_path):
     def keep(arm, seed, miou, kind="val", device="a machine", schedule="short"):
-        path = tmp_path / kind / schedule / "segformer" / arm / f"seed{seed}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         log = {"step": [1, 2], "seconds_per_step": [0.5, 0.75]}
         log |= {"group_similarity": [0.1, 0.9]} if arm == "mvsc" else {}
         rest = {"mAcc": 1.0, "aAcc": 50.0, "boundary_mIoU": 3.0, "iou": [miou, None], "log": log}
         about = {"steps": 2, "batch_size": 8, "size": [160, 120], "peak_mib": 7.0}
         machine = {"device": device, "torch": "2"}
-        path.write_text(json.dumps({"mIoU": miou, "machine": machine, **rest, **about}))
+        about["cell"] = f"{schedule}/segformer/{arm}/{seed}"
+        kept.add(tmp_path, kind, {"mIoU": miou, "machine": machine, **rest, **about})
 
     for seed, (plain, ours) in enumerate([(10.0, 11.0), (20.0, 23.0)]):
         keep("ce", seed, plain)

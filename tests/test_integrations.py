@@ -1,8 +1,8 @@
 """The hosts that people use: every example runs, and what `attach` promises holds in them."""
 
 import importlib.util
-import json
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ CLASSES = 13
 
 
 def load(path: Path) -> ModuleType:
+    sys.path.insert(0, str(path.parent))  # A script imports what lies beside it.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # Dataclasses look their module up there.
@@ -77,6 +78,10 @@ def batch():
         ("query_models", "transformers"),
         ("lightning_module", "lightning"),
         ("accelerate_loop", "accelerate"),
+        ("point_cloud", "torch"),
+        ("dino_linear_probe", "transformers"),
+        ("monai_3d", "monai"),
+        ("monai_transposed_head", "monai"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -94,7 +99,8 @@ def test_every_example_is_run():
     examples = {path.stem for path in (ROOT / "examples" / "integrations").glob("*.py")}
     marks = test_an_example_runs_and_moves_its_centroids.pytestmark
     (cases,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
-    assert {example for example, _ in cases} == examples
+    # Those of trainers need data on disk: test_trainers.py runs them.
+    assert {example for example, _ in cases} == examples - {"nnunet_trainer", "ultralytics_trainer"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,7 @@ def test_the_recipe_for_query_models_trains_the_other_ones_too(matrix, model, wi
         pytest.skip("Older ones ask for texts whenever there are labels.")
     recipe = load(ROOT / "examples" / "integrations" / "query_models.py")
     recipe.CLASSES = matrix.CLASSES
-    (case,) = (case for case in matrix.transformers() if case.model == model)
+    (case,) = (case for case in matrix.LIBRARIES["transformers"]() if case.model == model)
     assert recipe.train(case.build(), width, **inputs).step.item() == 2
 
 
@@ -134,6 +140,20 @@ def test_the_recipe_for_query_models_trains_the_other_ones_too(matrix, model, wi
         ("transformers", "MobileNetV2"),
         ("transformers", "Tipsv2Dpt"),
         ("transformers", "Mask2Former"),
+        ("transformers", "Dinov2Model + Linear, tokens out"),
+        ("monai", "BasicUNet, 3-D"),
+        ("monai", "UNet, residual units, 3-D"),
+        ("monai", "MedNeXt, deep supervision, 3-D"),
+        ("monai", "BasicUNetPlusPlus, deep supervision, 2-D"),
+        ("monai", "SegResNetDS2, 3-D"),
+        ("monai", "Quicknat, 2-D"),
+        ("dynamic_network_architectures", "PlainConvUNet, 3-D, deep supervision"),
+        ("torchgeo", "ChangeStarFarSeg"),
+        ("torchgeo", "ChangeViT"),
+        ("torchseg", "FPN"),
+        ("ultralytics", "SemanticSegmentationModel, yolo26n-sem"),
+        ("peft", "LoRA Segformer, modules_to_save classifier"),
+        ("peft", "LoRA Segformer, LoRA on the classifier too"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -141,9 +161,8 @@ def test_a_row_of_the_support_matrix_holds(matrix, library, model):
     pytest.importorskip(library)
     (case,) = (case for case in matrix.LIBRARIES[library]() if case.model == model)
     row = matrix.examine(library, version(library), case)
-    rows = json.loads((matrix.ROWS / f"{library}.json").read_text())
-    (written,) = (written for written in rows if written["model"] == model)
-    assert {**vars(row), "version": ""} == {**written, "version": ""}
+    (kept,) = (r for r in matrix.read_rows() if (r.library, r.model) == (library, model))
+    assert replace(row, version="") == replace(kept, version="")
 
 
 def test_the_page_is_what_the_rows_say(matrix, tmp_path, monkeypatch):
@@ -157,7 +176,8 @@ def test_the_page_is_what_the_rows_say(matrix, tmp_path, monkeypatch):
 def test_a_wrong_pick_fails_the_matrix(matrix):
     """The checks of the matrix can fail: here the tap is on the auxiliary head."""
     pytest.importorskip("torchvision")
-    (case,) = (c for c in matrix.torchvision() if c.model == "deeplabv3_mobilenet_v3_large")
+    cases = matrix.LIBRARIES["torchvision"]()
+    (case,) = (case for case in cases if case.model == "deeplabv3_mobilenet_v3_large")
     model, images = case.build(), torch.randn(2, 3, 64, 64)
     reg = attach(model, classifier="aux_classifier.4")
     with pytest.raises(AssertionError, match="the features do not give the logits"):
@@ -190,7 +210,7 @@ def test_an_example_does_not_take_one_half_of_lraspp():
 
 def test_the_auxiliary_head_of_dpt_is_refuted_by_an_example(matrix):
     pytest.importorskip("transformers")
-    (case,) = (case for case in matrix.transformers() if case.model == "DPT")
+    (case,) = (case for case in matrix.LIBRARIES["transformers"]() if case.model == "DPT")
     example = {"pixel_values": torch.randn(1, 3, 64, 64)}
     model = case.build()
     assert attach(model, example=example).classifier_path == "head.head.4"
@@ -252,7 +272,7 @@ def test_the_ignored_label_is_that_of_the_models_config():
 
 def test_a_second_attach_is_noticed_where_the_entrance_is_a_wrapper(matrix):
     pytest.importorskip("transformers")
-    (case,) = (case for case in matrix.transformers() if case.model == "MobileNetV2")
+    (case,) = (case for case in matrix.LIBRARIES["transformers"]() if case.model == "MobileNetV2")
     model = case.build()
     reg = attach(model)
     with pytest.raises(ValueError, match="one regularizer at a time"):
@@ -418,6 +438,134 @@ def test_a_trainer_that_keeps_the_labels_from_the_model_is_refused(make_trainer)
     trainer = make_trainer(label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="the model gets no labels"):
         attach_to_trainer(trainer)
+
+
+def counting(kind):
+    """Return a tiny model whose loss is divided by the items of the whole accumulated batch."""
+    if kind != "counts":
+        model = {"mean": tiny_segformer, "no kwargs": tiny_segformer}[kind]()
+        if kind == "no kwargs":
+            model.accepts_loss_kwargs = False
+        return model
+    hf = pytest.importorskip("transformers")
+
+    class Counts(hf.SegformerForSemanticSegmentation):
+        def forward(self, pixel_values, labels=None, num_items_in_batch=None, **_):
+            output = super().forward(pixel_values=pixel_values)
+            logits = torch.nn.functional.interpolate(output.logits, labels.shape[1:])
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            output.loss = loss / (num_items_in_batch or labels.numel())
+            return output
+
+    return Counts(tiny_segformer().config)
+
+
+@pytest.mark.parametrize("kind", ["counts", "mean", "no kwargs"])
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_the_weight_does_not_grow_with_the_parts_of_an_accumulated_batch(tmp_path, kind):
+    hf = pytest.importorskip("transformers")
+    images, labels = torch.randn(6, 3, 32, 32), torch.randint(0, CLASSES, (6, 32, 32))
+    dataset = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    gradients = {}
+    for parts in (1, 2, 4):  # The second step of 4 parts has two of them.
+        torch.manual_seed(0)
+        args = hf.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4 // parts,
+            gradient_accumulation_steps=parts,
+            num_train_epochs=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_steps=1,
+            optim="sgd",
+            learning_rate=0.0,
+            max_grad_norm=0.0,
+        )
+        trainer = hf.Trainer(counting(kind), args, train_dataset=dataset)
+        # Eq. (3) alone does not depend on the batch, and with two groups not on the draw.
+        reg = attach_to_trainer(trainer, groups=2, align_weight=0.0, classify_weight=0.0)
+        seen = []
+        hook = reg.regularizer.centroids.register_post_accumulate_grad_hook(
+            lambda p, seen=seen: seen.append(p.grad.clone())
+        )
+        trainer.train()
+        hook.remove()
+        gradients[parts] = [seen[parts - 1], seen[-1]]
+    for parts in (2, 4):
+        assert_close(gradients[parts], gradients[1])
+    centroids = reg.regularizer.centroids
+    (expected,) = torch.autograd.grad(reg.regularizer.pull(centroids), centroids)
+    assert_close(gradients[1], [expected, expected])
+
+
+def test_the_weight_is_that_of_a_mean_over_processes_whatever_the_trainer_does(make_trainer):
+    from mvsc.integrations.transformers import _Share
+
+    trainer = make_trainer(gradient_accumulation_steps=4)
+    share = _Share(trainer)
+    trainer.current_gradient_accumulation_steps = 2
+    trainer.accelerator.state.num_processes = 3
+    found = {}
+    for takes in (True, False):
+        for average in (True, False):
+            trainer.model_accepts_loss_kwargs = share.counted = takes
+            trainer.args.average_tokens_across_devices = average
+            # What the Trainer multiplies a loss by, from the same attributes.
+            factor = (3 if takes and average else 1) / (1 if takes else 2)
+            found[takes, average] = share() * factor
+    trainer.accelerator.state.num_processes = 1
+    assert_close(found, dict.fromkeys(found, 0.5))
+
+
+def test_a_trainer_of_an_older_transformers_has_its_parts_in_its_arguments(make_trainer):
+    from types import SimpleNamespace
+
+    from mvsc.integrations.transformers import _Share
+
+    args = SimpleNamespace(gradient_accumulation_steps=4)
+    old = SimpleNamespace(args=args, model_accepts_loss_kwargs=True)
+    assert _Share(old)() == 0.25
+    assert _Share(SimpleNamespace(args=args))() == 1
+
+
+@pytest.mark.parametrize("saved", ["decode_head", "decode_head.classifier"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_trains_pefts_copy_of_the_head(tmp_path, saved):
+    peft = pytest.importorskip("peft")
+    hf = pytest.importorskip("transformers")
+    base = tiny_segformer()
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    targets = [name for name in ("query", "value", "q_proj", "v_proj") if name in names]
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=targets, modules_to_save=[saved])
+    )
+    images, labels = torch.randn(4, 3, 32, 32), torch.randint(0, CLASSES, (4, 32, 32))
+    dataset = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    args = hf.TrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        learning_rate=0.1,
+    )
+    trainer = hf.Trainer(model, args, train_dataset=dataset)
+    reg = attach_to_trainer(trainer)
+    drawn = reg.regularizer.centroids.detach().clone()
+    classifier = model.get_submodule(reg.classifier_path).weight.detach().clone()
+    trainer.train()
+    assert "modules_to_save.default" in reg.classifier_path
+    assert reg.regularizer.step == 2
+    assert not torch.equal(reg.regularizer.centroids, drawn)
+    assert not torch.equal(model.get_submodule(reg.classifier_path).weight, classifier)
+    assert (tmp_path / "checkpoint-2" / "mvsc.pt").exists()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
 
 
 # Lightning.

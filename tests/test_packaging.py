@@ -18,6 +18,31 @@ PARTS = ("mvsc", "examples", "benchmarks", "docs")
 CODE = [path for part in PARTS for path in (ROOT / part).rglob("*.py")]
 
 
+def imported_from_mvsc(path):
+    """Return the modules of the package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "mvsc":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mvsc."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_imports_run_one_way():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    listed = text.partition("**Imports run one way.**")[2].partition(".\n-")[0]
+    order = re.findall(r"`(\w+)`", listed)
+    files = {path.stem: path for path in (ROOT / "mvsc").glob("*.py") if path.stem != "__init__"}
+    assert sorted(order) == sorted([*files, "integrations"])
+    for name, path in files.items():
+        assert imported_from_mvsc(path) <= set(order[: order.index(name)]), name
+    for path in (ROOT / "mvsc" / "integrations").glob("*.py"):
+        assert imported_from_mvsc(path) <= set(order) - {"integrations"}
+    # The check can fail:
+    assert imported_from_mvsc(files["attach"]) - set(order[: order.index("regularizer")])
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """Build the wheel from the sdist, as `python -m build` does."""

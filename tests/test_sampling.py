@@ -1,3 +1,7 @@
+import itertools
+from collections import Counter, defaultdict
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +10,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import oracle
-from mvsc.sampling import draw_groups, draw_halves, labels_on_grid, stream_key
+from mvsc.sampling import (
+    commonest_on_grid,
+    draw_groups,
+    draw_halves,
+    labels_on_grid,
+    stream_key,
+)
 
 INTEGERS = [
     torch.uint8,
@@ -39,9 +49,73 @@ def test_labels_are_taken_at_the_exact_centre(sizes, ignore_index):
     labels = torch.randint(0, 5, (2, height, width))
     labels[0, 0, 0] = ignore_index
     grid = labels_on_grid(labels, (target_height, target_width), 5, ignore_index)
-    expected = oracle.labels_on_grid(labels.numpy(), target_height, target_width, 5, ignore_index)
+    expected = oracle.labels_on_grid(labels.numpy(), (target_height, target_width), 5, ignore_index)
     expected[expected == None] = 5  # noqa: E711
     assert_close(grid, torch.from_numpy(expected.astype(np.int64)))
+
+
+def commonest(labels, size, num_classes, ignore_index):
+    """Let each label pixel vote in the feature pixel that its centre lies in, one by one."""
+    spatial = labels.shape[1:]
+    votes, reached = defaultdict(Counter), set()
+    for place in itertools.product(*map(range, labels.shape)):
+        inside = [
+            int(Fraction(2 * i + 1, 2 * source) * target)
+            for i, source, target in zip(place[1:], spatial, size, strict=True)
+        ]
+        own, label = (place[0], *inside), int(labels[place])
+        reached.add(own)
+        if 0 <= label < num_classes and label != ignore_index:
+            votes[own][label] += 1
+    grid = labels_on_grid(labels, size, num_classes, ignore_index)
+    for own in itertools.product(range(len(labels)), *map(range, size)):
+        if own in reached:
+            counted = votes[own]
+            most = max(counted.values(), default=0)
+            grid[own] = min((c for c, n in counted.items() if n == most), default=num_classes)
+    return grid
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3),
+    batch=st.integers(0, 2),
+    ignore_index=st.sampled_from([255, -1, -100, 0, 2]),
+    dtype=st.sampled_from([torch.int64, torch.int16, torch.uint16]),
+    sparse=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=120, deadline=None)
+def test_the_commonest_label_is_the_one_that_a_plain_loop_counts(
+    sizes, batch, ignore_index, dtype, sparse, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    source, target = [a for a, _ in sizes], tuple(b for _, b in sizes)
+    labels = torch.randint(0, 5, (batch, *source), generator=generator)  # 4 is out of range.
+    if sparse:
+        labels[torch.rand(labels.shape, generator=generator) < 0.8] = 255
+    if dtype != torch.uint16 and ignore_index < 0:
+        labels[labels == 3] = ignore_index
+    expected = commonest(labels, target, 4, ignore_index)
+    found = commonest_on_grid(labels.to(dtype), target, 4, ignore_index)
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_commonest_label_of_equal_sizes_is_the_label():
+    labels = torch.randint(0, 9, (2, 5, 7))
+    assert_close(commonest_on_grid(labels, (5, 7), 9, 255), labels)
+
+
+@pytest.mark.parametrize("size", [(23, 31), (47, 63), (24, 32)])
+def test_the_commonest_label_of_a_real_size_counts_every_labelled_cell(size):
+    labels = torch.full((2, 375, 500), 255)
+    labels[torch.rand(labels.shape) < 0.01] = 3
+    found = commonest_on_grid(labels, size, 5, 255)
+    rows = ((2 * torch.arange(375) + 1) * size[0]) // (2 * 375)
+    columns = ((2 * torch.arange(500) + 1) * size[1]) // (2 * 500)
+    hit = torch.zeros(2, *size, dtype=torch.bool)
+    for image, row, column in (labels == 3).nonzero().tolist():
+        hit[image, rows[row], columns[column]] = True
+    assert_close(found, torch.where(hit, 3, 5))
 
 
 def test_labels_of_the_grids_own_size_are_kept():

@@ -15,6 +15,9 @@ from typing import Any
 
 from scipy.stats import t
 
+import frontier
+import kept
+
 RESULTS = Path(__file__).parent / "results"
 Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
@@ -24,9 +27,9 @@ SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mI
 def load(results: Path, kind: str = "val") -> dict[tuple[str, str], Cells]:
     """Read every cell: (schedule, head) -> arm -> seed -> scores."""
     found: dict[tuple[str, str], Cells] = defaultdict(lambda: defaultdict(dict))
-    for path in sorted((results / kind).glob("*/*/*/seed*.json")):
-        schedule, head, arm = path.parts[-4:-1]
-        found[schedule, head][arm][int(path.stem[4:])] = json.loads(path.read_text("utf-8"))
+    for run in kept.read(results, kind):
+        schedule, head, arm, seed = run["cell"].split("/")
+        found[schedule, head][arm][int(seed)] = run
     return {place: dict(cells) for place, cells in found.items()}
 
 
@@ -120,6 +123,39 @@ def on_top(cells: Cells) -> str:
     return "\n\n".join(told)
 
 
+def frontiers(cells: Cells, base: str = "ce") -> str:
+    """One row an arm: its curve at cross-entropy's pixel accuracy, unshifted, and a bit below."""
+    head = ["arm", "seeds", *(f"at -{loss:g} points" for loss in frontier.LOSSES)]
+    head += [f"tau chosen for -{loss:g}: mIoU, pixel accuracy" for loss in frontier.LOSSES[:2]]
+    rows = []
+    for arm in cells:
+        pairs = [(cells[arm][seed], cells[base][seed]) for seed in shared_seeds(cells, arm, base)]
+        row = [arm, str(len(pairs))]
+        read = [[frontier.gain_at(*pair, loss) for pair in pairs] for loss in frontier.LOSSES]
+        row += ["not reached" if None in values else gain(values) for values in read]
+        for loss in frontier.LOSSES[:2]:
+            found = [frontier.chosen(*pair, loss) for pair in pairs]
+            both = [] if None in found else list(zip(*found, strict=True))
+            row.append(", ".join(gain(list(values)) for values in both) or "not reached")
+        rows.append((statistics.mean(value or -99 for value in read[1]) if pairs else -99, row))
+    return markdown(head, *(row for _, row in sorted(rows, key=lambda each: -each[0])))
+
+
+def calibration(cells: Cells) -> str:
+    """One row an arm: its chances, as they are and with a temperature chosen on other images."""
+    names = {"nll": "NLL", "balanced_nll": "NLL, classes alike", "ece": "ECE [%]"}
+    head = ["arm", "seeds", *names.values(), *(f"{name}, tempered" for name in names.values())]
+    rows = []
+    for arm, runs in cells.items():
+        found = [
+            [read(run) for run in runs.values()]
+            for read in (frontier.untempered, frontier.tempered)
+        ]
+        values = [statistics.mean(one[name] for one in each) for each in found for name in names]
+        rows.append([arm, str(len(runs)), *(f"{value:.3f}" for value in values)])
+    return markdown(head, *rows)
+
+
 def class_gains(cells: Cells, shares: Shares, arm: str, base: str = "ce") -> str:
     """Tell how IoU changed for rare and common classes, and where most."""
     both = shared_seeds(cells, arm, base)
@@ -178,6 +214,10 @@ def report(results: Path, shares: Shares | None) -> str:
     for (schedule, head), cells in load(results, "hold_out").items():
         parts += heading(f"Choice of strengths: {head}, {schedule} schedule", cells)
         parts.append("Judged on every fifth of the training images, which were not trained on.")
+    for (schedule, head), cells in load(results, "frontier").items():
+        parts += heading(f"Frontiers: {head}, {schedule} schedule", cells)
+        parts += ["Gain in mIoU over cross-entropy, unshifted, as tau of each arm varies:"]
+        parts += [frontiers(cells), calibration(cells)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -194,8 +234,8 @@ def heading(title: str, cells: Cells) -> list[str]:
 
 
 if __name__ == "__main__":
-    kept = RESULTS / "classes.json"
-    shares = json.loads(kept.read_text("utf-8")) if kept.exists() else None
+    classes = RESULTS / "classes.json"
+    shares = json.loads(classes.read_text("utf-8")) if classes.exists() else None
     texts = {"overview.md": overview(load(RESULTS)) + "\n", "report.md": report(RESULTS, shares)}
     for name, text in texts.items():
         print(text)

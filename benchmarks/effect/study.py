@@ -4,8 +4,8 @@
     python benchmarks/effect/study.py --data-root DIR --arms ce mvsc --seeds 0 1 2 --part 0 2
     python benchmarks/effect/report.py
 
-A cell is one training run: (schedule, head, arm, seed). Its scores are kept as a JSON file in
-results/; a cell that is there is not run again, one that was killed goes on where it stopped. With
+A cell is one training run: (schedule, head, arm, seed). Its scores are one line in results/; a
+cell that is there is not run again, one that was killed goes on where it stopped. With
 ``--part I N`` this process takes every N-th cell, so that several can share the work.
 
 Both runs of a pair have the same initial weights, order of the images and augmentation, since
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -34,12 +33,15 @@ for folder in (HERE, HERE.parent, HERE.parents[1] / "examples" / "recipes"):
     sys.path.insert(0, str(folder))
 
 import arms  # noqa: E402
-from data import IGNORE, SegmentationData, open_split  # noqa: E402
-from evaluate import confusion_matrix, evaluate, scores  # noqa: E402
+import kept  # noqa: E402
+from data import SegmentationData, open_split  # noqa: E402
+from evaluate import evaluate  # noqa: E402
+from judge import Judge  # noqa: E402
 from measure import machine  # noqa: E402
 from models import Segmenter  # noqa: E402
+from prior import class_pixels, log_shares  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
-from train import read_metrics, train  # noqa: E402
+from train import Evaluate, read_metrics, train  # noqa: E402
 from weights import write_whole  # noqa: E402
 
 HEADS = {"segformer": "folder-segformer-lite0", "deeplabv3plus": "folder-deeplabv3plus-lite0"}
@@ -57,9 +59,8 @@ SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images
     "quick": Schedule(396, (128, 96), 8),
     "short": Schedule(1188, (160, 120), 8),
     "long": Schedule(4752, (160, 120), 8),
-    "gpu": Schedule(596, (384, 288), 16),
+    "large": Schedule(596, (384, 288), 16),
 }
-BAND = 5  # pixels from a border between two labels
 INTERRUPTED = 130  # exit status, as of a shell
 
 
@@ -70,7 +71,7 @@ class Settings:
     data_root: Path
     """Folder with images/, labels/ and classes.txt."""
     schedules: tuple[str, ...] = ("short",)
-    """quick, short, long; gpu: as many epochs as short, on large images."""
+    """quick, short, long; large: as many epochs as short, on large images."""
     heads: tuple[str, ...] = tuple(HEADS)
     """segformer, deeplabv3plus."""
     arms: tuple[str, ...] = tuple(arms.ARMS)
@@ -89,6 +90,8 @@ class Settings:
     """Folder of checkpoints; those of a finished cell are removed."""
     hold_out: bool = False
     """Judge on a fifth of the training images, which are not trained on: to choose strengths."""
+    keep_weights: bool = False
+    """Leave the weights of a finished cell in the work folder, to look at them later."""
     part: tuple[int, int] = (0, 1)
     """This process takes cells I, I + N, ..."""
     workers: int = 0
@@ -109,7 +112,8 @@ def main(settings: Settings) -> None:
     ]
     first, count = settings.part
     for cell in cells[first::count]:
-        if result_path(settings, cell).exists():
+        # Asked for each, since another study may have finished it meanwhile.
+        if cell in kept.cells(settings.results, kind(settings)):
             continue
         print(f"== {cell}", flush=True)
         # A process for each cell: its peak memory is its own, and nothing is left over.
@@ -139,23 +143,20 @@ def keep_classes(settings: Settings) -> None:
     path = settings.results / "classes.json"
     if not path.exists():
         data = open_split("folder", settings.data_root, "train")
-        pixels = arms.class_pixels(data)
+        pixels = class_pixels(data)
         shares = dict(zip(data.classes, (pixels / pixels.sum()).tolist(), strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(rounded(shares), indent=1) + "\n"
         write_whole(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
-def result_path(settings: Settings, cell: str) -> Path:
-    root = settings.results / ("hold_out" if settings.hold_out else "val")
-    schedule, head, arm, seed = cell.split("/")
-    return root / schedule / head / arm / f"seed{seed}.json"
+def kind(settings: Settings) -> str:
+    return "hold_out" if settings.hold_out else "frontier"
 
 
 def run(settings: Settings, cell: str) -> None:
     """Train, judge and keep one cell."""
     schedule, head, name, seed = cell.split("/")
-    kind = "hold_out" if settings.hold_out else "val"
     usual = SCHEDULES[schedule]
     steps = settings.steps or usual.steps
     batch_size = settings.batch_size or usual.batch_size
@@ -164,7 +165,7 @@ def run(settings: Settings, cell: str) -> None:
     recipe = replace(
         RECIPES[HEADS[head]][1],
         data_root=root,
-        out=settings.work / kind / cell.replace("/", "-"),
+        out=settings.work / kind(settings) / cell.replace("/", "-"),
         resume=True,
         seed=int(seed),
         steps=steps,
@@ -173,19 +174,19 @@ def run(settings: Settings, cell: str) -> None:
         scale=size,
         crop=(longer, -(-shorter // 32) * 32),
         workers=settings.workers,
-        eval_every=steps,
+        eval_every=2 * steps,  # i.e. at the end alone, of an arm that trains longer, too
         save_every=200,
         log_every=min(50, steps),
     )
     data = open_split("folder", root, "train")
     arm = arms.find(name)
-    recipe, criterion, attach = arms.ingredients(arm, recipe, data)
+    recipe, criterion, regularize = arms.ingredients(arm, recipe, data)
     before = sorted(recipe.folder.glob("last.pt"))
-    found = train(recipe, criterion, attach, judge)
+    found = train(recipe, criterion, regularize, judged(log_shares(data)))
     lines = [line for line in read_metrics(recipe.folder / "metrics.jsonl") if "loss" in line]
     result = {
         "cell": cell,
-        "steps": steps,
+        "steps": recipe.steps,
         "batch_size": batch_size,
         "size": size,
         **found,
@@ -196,10 +197,11 @@ def run(settings: Settings, cell: str) -> None:
         "versions": {p: metadata.version(p) for p in ("mvsc", "torchvision", "timm")},
         "system": platform.platform(terse=True),
     }
-    path = result_path(settings, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rounded(result))
-    write_whole(path, lambda partial: partial.write_text(text + "\n", "utf-8"))
+    kept.add(settings.results, kind(settings), rounded(result))
+    if settings.keep_weights:
+        path = settings.work / "weights" / kind(settings) / f"{recipe.folder.name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (recipe.folder / "last.safetensors").replace(path)
     shutil.rmtree(recipe.folder)
 
 
@@ -210,38 +212,24 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def judge(
-    segmenter: Segmenter,
-    data: SegmentationData,
-    recipe: Recipe,
-    device: torch.device,
-    rank: int = 0,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Score all pixels, and those within BAND pixels of a border; in place of evaluate.evaluate."""
-    band = confusion_matrix(len(data.classes)).to(device)
+def judged(log_shares: Tensor) -> Evaluate:
+    """Make what stands in for evaluate.evaluate and judges at all shifts in the same pass."""
 
-    def look(predicted: Tensor, label: Tensor) -> None:
-        near = torch.where(near_border(label), label, IGNORE)
-        band.update(predicted[None], near[None])
+    def judge(
+        segmenter: Segmenter,
+        data: SegmentationData,
+        recipe: Recipe,
+        device: torch.device,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> dict[str, Any]:
+        judge = Judge(log_shares, device)
+        result = evaluate(segmenter, data, recipe, device, rank, processes, look=judge.look)
+        found = judge.scores()
+        plain = found["frontier"]["tau"].index(0.0)
+        return {**result, "boundary_mIoU": found["frontier"]["boundary_mIoU"][plain], **found}
 
-    result = evaluate(segmenter, data, recipe, device, rank, processes, look=look)
-    return {**result, "boundary_mIoU": scores(band.compute().cpu())["mIoU"]}
-
-
-def near_border(label: Tensor) -> Tensor:
-    """Mark the pixels within BAND pixels of one with another label, unlabelled ones left out."""
-    value = label[None, None].float()
-    known = label != IGNORE
-    highest = highest_near(torch.where(known, value, -1.0))
-    lowest = -highest_near(torch.where(known, -value, -256.0))
-    return ((highest != lowest)[0, 0]) & known
-
-
-def highest_near(value: Tensor) -> Tensor:
-    """Take the maximum over the square of pixels at most BAND away, rows after columns."""
-    side = 2 * BAND + 1
-    return F.max_pool2d(F.max_pool2d(value, (side, 1), 1, (BAND, 0)), (1, side), 1, (0, BAND))
+    return judge
 
 
 def held_out(settings: Settings) -> Path:

@@ -346,7 +346,7 @@ class Run:
     def validated(self, step: int, scores: dict[str, Any]) -> None:
         """Write the scores, and keep the weights if they are the best."""
         self.scores = scores
-        means = {f"val/{name}": value for name, value in scores.items() if name != "iou"}
+        means = {f"val/{name}": value for name, value in scores.items() if isinstance(value, float)}
         self._write(step, {"val": scores}, means)
         if self.main:
             tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items()))

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mvsc.attach import AttachedRegularizer, attach
+from mvsc.attach import AddToLoss, AttachedRegularizer, attach
+from mvsc.tap import Hook
 
 FILE_NAME = "mvsc.pt"
 
@@ -28,8 +29,9 @@ def attach_to_trainer(
     The loss is added to the model's own; the centroids join the Trainer's optimizer without weight
     decay; each checkpoint holds them in a file of their own, ``mvsc.pt``, from which a resumed
     training goes on. The model's files stay what they were. Works under torchrun (DDP), and with
-    FSDP2 and DeepSpeed, where the centroids get an optimizer of their own, see
-    :class:`mvsc.MVSCRegularizer`.
+    accumulated gradients: over the parts of a step the loss is averaged, also for a model whose
+    own loss the Trainer adds up. With FSDP2 and DeepSpeed the centroids get an optimizer of their
+    own, see :class:`mvsc.MVSCRegularizer`.
 
     Args:
         trainer: the Trainer, with its model on its device.
@@ -76,11 +78,14 @@ def attach_to_trainer(
             "centroids. Pass optimizers=(optimizer, None), and attach before train(), or use "
             'optimizer="own".'
         )
-    reg = attach(cast(nn.Module, trainer.model), add_to_loss=add_to_loss, **options)
-    create_optimizer, load_checkpoint = (
-        trainer.create_optimizer,
-        trainer._load_optimizer_and_scheduler,
-    )
+    model = cast(nn.Module, trainer.model)
+    reg = attach(model, **options)
+    if add_to_loss:
+        share = _Share(trainer)
+        AddToLoss(reg._tap, reg.regularizer, share).open(model)
+        share.open(model, reg)
+    create_optimizer = trainer.create_optimizer
+    load_checkpoint = trainer._load_optimizer_and_scheduler
 
     def create_optimizer_with_centroids(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = create_optimizer(*args, **kwargs)
@@ -107,6 +112,41 @@ def attach_to_trainer(
     trainer._load_optimizer_and_scheduler = load_checkpoint_with_centroids  # type: ignore[method-assign, unused-ignore]
     trainer.add_callback(_Centroids(reg))
     return reg
+
+
+class _Share:
+    """What a loss has to be multiplied by to be a mean over the parts and processes of a step.
+
+    The Trainer divides the loss of most models by the number of parts. That of a model that takes
+    ``num_items_in_batch`` it leaves as it is, and multiplies it by the number of processes, since
+    that is to be a sum over all of them already. MVSC's is not.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.counted = False
+
+    def open(self, model: nn.Module, reg: AttachedRegularizer) -> None:
+        hook = Hook(self, self._before_model)
+        reg._tap.handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.counted = kwargs.get("num_items_in_batch") is not None
+
+    def __call__(self) -> float:
+        trainer: Any = self.trainer
+        args = trainer.args
+        # What older Trainers do not have, they do not do.
+        takes_counts = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        share = 1.0
+        if takes_counts if scaled is None else scaled:
+            parts = args.gradient_accumulation_steps
+            share /= getattr(trainer, "current_gradient_accumulation_steps", parts)
+        if self.counted and getattr(args, "average_tokens_across_devices", False):
+            copies = trainer.get_tp_size() if hasattr(trainer, "get_tp_size") else 1
+            share /= trainer.accelerator.num_processes // copies
+        return share
 
 
 class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]

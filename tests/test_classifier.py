@@ -1,0 +1,301 @@
+"""Asking somebody else's classifier: the right answer, with its gradient, and no trace left."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.ao.quantization as quantization
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.testing import assert_close
+
+from mvsc import MVSCRegularizer
+from mvsc.attach import attach
+from mvsc.classifier import classify_vectors, is_sharded, reads_rows
+
+CLASSES, DIM = 4, 8
+
+
+def conv() -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(DIM, CLASSES, 1)
+
+
+def pruned(*names: str) -> nn.Module:
+    layer = conv()
+    for name in names:
+        prune.random_unstructured(layer, name, 0.5)
+    return layer
+
+
+class Adapter(nn.Module):
+    """LoRA, as PEFT writes it: a layer, and beside it a product of two narrow ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = conv().requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Conv2d(DIM, 2, 1, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Conv2d(2, CLASSES, 1, bias=False)})
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.base_layer(features) + self.lora_B["default"](self.lora_A["default"](features))
+
+
+COMPUTED = {
+    "plain": conv,
+    "spectral_norm": lambda: parametrizations.spectral_norm(conv()),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(conv()),
+    "weight_norm": lambda: parametrizations.weight_norm(conv()),
+    "old weight_norm": lambda: nn.utils.weight_norm(conv()),
+    "pruned weight": lambda: pruned("weight"),
+    "pruned bias": lambda: pruned("bias"),
+    "pruned both": lambda: pruned("weight", "bias"),
+    "pruned twice": lambda: pruned("weight", "weight"),
+    "adapter": Adapter,
+    "orthogonal": lambda: parametrizations.orthogonal(conv()),
+    "inside": lambda: nn.Sequential(nn.utils.spectral_norm(conv())),
+}
+
+computed = pytest.mark.parametrize("make", COMPUTED.values(), ids=[*COMPUTED])
+
+
+def loss_of(model: nn.Module, reg: MVSCRegularizer, classifier: nn.Module, first: bool) -> Tensor:
+    """Compute both losses, that of mvsc before or after the model's own."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+    features = model(images)
+    if first:
+        loss = reg(features, labels, classifier)
+        return loss + F.cross_entropy(classifier(features), labels)
+    loss = F.cross_entropy(classifier(features), labels)
+    return loss + reg(features, labels, classifier)
+
+
+@computed
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_the_answer_and_its_gradient_are_those_of_the_layer_itself(make):
+    layer, twin = make().eval(), make().eval()
+    vectors = torch.randn(5, DIM)
+    answer, expected = classify_vectors(layer, vectors, CLASSES), twin(vectors[..., None, None])
+    assert_close(answer, expected.flatten(1))
+    answer.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert_close(one.grad, other.grad)
+
+
+@computed
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_no_buffer_of_a_classifier_in_training_changes(make):
+    layer = make().train()
+    state = copy.deepcopy(layer.state_dict())
+    classify_vectors(layer, torch.randn(5, DIM), CLASSES)
+    assert_close(layer.state_dict(), state, rtol=0, atol=0)
+
+
+@computed
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_computed_weight_trains_in_either_order_of_the_losses(make, first):
+    encoder, layer, reg = nn.Conv2d(3, DIM, 1), make(), MVSCRegularizer(CLASSES, DIM)
+    optimizer = torch.optim.SGD([*layer.parameters(), *reg.parameters()], lr=0.1)
+    for _ in range(3):
+        loss = loss_of(encoder, reg, layer, first)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite()
+
+
+@computed
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_an_evaluation_between_forward_and_loss_costs_no_gradient(make):
+    gradients = []
+    for evaluate in (False, True):
+        torch.manual_seed(2)
+        model = nn.Sequential(nn.Conv2d(3, DIM, 1), make())
+        reg = attach(model, classifier=model[1], align_weight=0.0, pull_weight=0.0)
+        images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+        model(images)
+        if evaluate:
+            with torch.no_grad():
+                model.eval()(images)
+            model.train()
+        reg(labels).backward()
+        gradients.append([p.grad for p in model[1].parameters() if p.requires_grad])
+        assert any(bool(grad.any()) for grad in gradients[-1] if grad is not None)
+    assert_close(*gradients)
+
+
+# Hooks and buffers.
+
+
+def hooks_on(layer: nn.Module, calls: list[str]) -> None:
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre, kwargs"), with_kwargs=True)
+    layer.register_forward_hook(lambda *_: calls.append("after"))
+    layer.register_forward_hook(lambda *_: calls.append("always"), always_call=True)
+    layer.register_full_backward_pre_hook(lambda *_: calls.append("backward pre"))
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+
+
+class Own(nn.Conv2d):
+    """A subclass, which may do more and so has to be called."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) * 1.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [conv, lambda: Own(DIM, CLASSES, 1), lambda: nn.Sequential(conv()), lambda: pruned("weight")],
+    ids=["plain", "subclass", "inside", "pruned"],
+)
+def test_hooks_of_any_kind_do_not_see_the_centroids(make):
+    layer, calls = make(), []
+    for module in layer.modules():
+        hooks_on(module, calls)
+    vectors = torch.randn(5, DIM, requires_grad=True)
+    classify_vectors(layer, vectors, CLASSES).sum().backward()
+    assert calls == []
+    layer(torch.randn(1, DIM, 2, 2, requires_grad=True)).sum().backward()
+    assert len(calls) == 6 * len([*layer.modules()])
+
+
+def test_the_hooks_are_back_after_a_classifier_that_failed():
+    class Failing(nn.Conv2d):
+        def forward(self, features: Tensor) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    layer, calls = Failing(DIM, CLASSES, 1), []
+    layer.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    for ask in (partial(classify_vectors, layer, num_classes=CLASSES), layer):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            ask(torch.randn(5, DIM))
+    assert calls == ["pre"]
+
+
+def test_a_hook_that_changes_the_weight_of_its_own_accord_is_still_called():
+    layer = conv()
+    del layer._parameters["weight"]
+    layer.root = nn.Parameter(torch.rand(CLASSES, DIM, 1, 1))
+    layer.register_forward_pre_hook(lambda m, _: setattr(m, "weight", m.root.square()))
+    answer = classify_vectors(layer, torch.ones(1, DIM), CLASSES)
+    assert_close(answer[0], layer.root.square().flatten(1).sum(1) + layer.bias)
+
+
+def test_the_statistics_of_a_batch_norm_do_not_see_the_centroids():
+    model = nn.Sequential(nn.BatchNorm2d(DIM), nn.Conv2d(DIM, CLASSES, 1))
+    state = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"0 \(BatchNorm2d\)"):
+        MVSCRegularizer(CLASSES, DIM)(
+            torch.randn(2, DIM, 4, 4), torch.randint(0, CLASSES, (2, 4, 4)), model
+        )
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("engine", ["fbgemm", "qnnpack", "x86"])
+def test_quantisation_aware_training_learns_the_ranges_that_it_would_have_learned(engine):
+    states = []
+    for attached in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            quantization.QuantStub(),
+            nn.Conv2d(3, DIM, 3),
+            nn.ReLU(),
+            nn.Conv2d(DIM, CLASSES, 1),
+            quantization.DeQuantStub(),
+        )
+        with torch.no_grad():
+            model[3].weight *= 20  # A trained model's logits are wide.
+        model.qconfig = quantization.get_default_qat_qconfig(engine)
+        quantization.prepare_qat(model.train(), inplace=True)
+        reg = attach(model, classifier="3") if attached else None
+        for _ in range(20):
+            model(torch.randn(2, 3, 8, 8))
+            if reg is not None:
+                reg(torch.zeros(2, 6, 6).long())
+        states.append(model.state_dict())
+    assert_close(*states, rtol=0, atol=0)
+
+
+# Kinds of layers.
+
+
+@pytest.mark.parametrize(("kind", "axes"), [(nn.Conv1d, 1), (nn.Conv2d, 2), (nn.Conv3d, 3)])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"padding": 1}, {"dilation": 2}, {"padding": "same"}])
+def test_a_wide_kernel_answers_as_inside_a_uniform_region_in_any_number_of_axes(
+    kind, axes, inside, settings
+):
+    layer = kind(DIM, CLASSES, 3, **settings)
+    vectors = torch.randn(5, DIM)
+    region = vectors.reshape(5, DIM, *[1] * axes).expand(-1, -1, *[11] * axes)
+    expected = layer(region)[(..., *[5] * axes)]
+    asked = nn.Sequential(layer) if inside else layer
+    assert_close(classify_vectors(asked, vectors, CLASSES, axes), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def test_a_transposed_convolution_of_one_place_is_a_1x1_convolution(kind):
+    axes = int(kind.__name__[-2])
+    layer, vectors = kind(DIM, CLASSES, 1), torch.randn(5, DIM)
+    expected = layer(vectors.reshape(5, DIM, *[1] * axes)).flatten(1)
+    assert_close(classify_vectors(layer, vectors, CLASSES, axes), expected)
+    labels, size = torch.randint(0, CLASSES, (2, *[4] * axes)), [4] * axes
+    assert MVSCRegularizer(CLASSES, DIM)(torch.randn(2, DIM, *size), labels, layer).isfinite()
+
+
+@pytest.mark.parametrize("settings", [{"kernel_size": 2, "stride": 2}, {"kernel_size": 3}])
+def test_other_transposed_convolutions_are_refused_with_the_way_out(settings):
+    layer = nn.ConvTranspose2d(DIM, CLASSES, **settings)
+    for each in (layer, nn.Sequential(layer)):
+        with pytest.raises(ValueError, match=r"transposed convolution.*auxiliary 1x1 classifier"):
+            MVSCRegularizer(CLASSES, DIM)(
+                torch.randn(2, DIM, 4, 4), torch.zeros(2, 4, 4).long(), each
+            )
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_logit_is_two_classes_of_a_sigmoid(inside, bias):
+    layer = nn.Conv2d(DIM, 1, 1, bias=bias)
+    vectors = torch.randn(5, DIM)
+    answer = classify_vectors(nn.Sequential(layer) if inside else layer, vectors, 2)
+    sigmoid = layer(vectors[..., None, None]).flatten().sigmoid()
+    assert_close(answer.softmax(1)[:, 1], sigmoid)
+
+
+def test_a_linear_reads_rows_alone_or_inside_a_module():
+    assert reads_rows(nn.Linear(DIM, 2))
+    assert reads_rows(nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 2)))
+    assert not reads_rows(nn.Sequential(nn.Conv2d(DIM, 2, 1), nn.Linear(2, 2)))
+    assert not reads_rows(lambda vectors: vectors)
+    assert not reads_rows(nn.Identity())
+
+
+def test_a_sharded_weight_is_told_without_computing_one():
+    class Sharded(Tensor):
+        def full_tensor(self):
+            raise AssertionError("not asked for")
+
+    layer = conv()
+    assert not is_sharded(layer)
+    layer._parameters["weight"] = torch.zeros(1).as_subclass(Sharded)
+    assert is_sharded(layer)
+    zero_3 = conv()
+    zero_3.weight.ds_id = 7
+    assert is_sharded(zero_3)
+    assert not is_sharded(lambda vectors: vectors)
+
+
+def test_the_hooks_of_a_sharded_classifier_gather_its_weight_and_stay():
+    layer, calls = conv(), []
+    layer.weight.ds_id = 7
+    layer.register_forward_pre_hook(lambda *_: calls.append("gathered"))
+    classify_vectors(layer, torch.randn(5, DIM), CLASSES)
+    classify_vectors(nn.Sequential(layer), torch.randn(5, DIM), CLASSES)
+    assert calls == ["gathered", "gathered"]

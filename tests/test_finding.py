@@ -1,0 +1,370 @@
+"""Finding the pixel classifier, or saying why none is certain."""
+
+import copy
+import logging
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mvsc.attach import ClassifierNotFoundError, attach
+from mvsc.hosts import ASIDE
+from tiny_nets import CLASSES, DIM, Net, NetWithLoss, TwoHeads
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.randint(0, CLASSES, (2, 12, 12))
+
+
+def test_the_only_layer_that_nothing_reads_is_taken_and_said_so_once(caplog):
+    with caplog.at_level(logging.INFO, "mvsc"):
+        attach(Net())
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [
+        "took 'classifier', the only candidate, for the classifier; example= proves it",
+        "attached to classifier 'classifier' of Net",
+    ]
+
+
+def test_as_many_classes_as_image_channels_are_no_obstacle():
+    assert attach(Net(classes=3)).classifier_path == "classifier"
+
+
+def test_a_path_or_a_module_names_the_classifier():
+    model = TwoHeads()
+    assert attach(model, classifier="boundary").classifier_path == "boundary"
+    assert attach(model, classifier=model.classifier).classifier_path == "classifier"
+
+
+def test_a_named_module_may_hold_the_classifier():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, DIM, 3), "head": nn.Sequential()})
+    model["head"].extend([nn.Dropout(), nn.Conv2d(DIM, CLASSES, 1), nn.Upsample(scale_factor=2)])
+    assert attach(model, classifier="head").classifier_path == "head.1"
+
+
+def test_a_classifier_with_a_parametrization_is_one(images, labels):
+    model = Net(nn.Dropout(0.5))
+    nn.utils.parametrizations.weight_norm(model.classifier)
+    for name in (None, "classifier"):
+        with attach(model, classifier=name) as reg:
+            model(images)
+            assert reg(labels).item() > 0
+
+
+def test_a_named_module_without_one_linear_layer_raises():
+    with pytest.raises(
+        ValueError, match=r"or hold just one, got Sequential 'encoder' with.*0 \(Conv"
+    ):
+        attach(Net(), classifier="encoder")
+
+
+def test_a_wrong_path_shows_the_nearest():
+    with pytest.raises(ClassifierNotFoundError, match=r"got 'clasifier'.*nearest are 'classifier'"):
+        attach(Net(), classifier="clasifier")
+
+
+def test_a_module_of_another_model_raises():
+    with pytest.raises(ValueError, match="a module of the model, got a Conv2d outside of it"):
+        attach(Net(), classifier=Net().classifier)
+
+
+def test_two_heads_are_listed_with_the_line_to_write():
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(TwoHeads())
+    message = str(error.value)
+    assert "classifier: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
+    assert "boundary: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
+    assert 'mvsc.attach(model, classifier="path.of.the.layer")' in message  # neither of the two
+    assert "mvsc.attach(model, example=images)" in message
+
+
+def test_auxiliary_heads_and_linear_layers_are_listed_but_not_taken(images):
+    model = Net()
+    model.aux_head = nn.Conv2d(DIM, CLASSES, 1)
+    model.scene = nn.Linear(DIM, 7)
+    assert attach(model).classifier_path == "classifier"
+    del model.classifier
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert "aux_head: Conv2d 1x1, 8 -> 5: auxiliary, by its name" in str(error.value)
+    assert "scene: Linear, 8 -> 7: a Linear, which may" in str(error.value)
+
+
+@pytest.mark.parametrize("last", [nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1, groups=2)])
+def test_a_model_without_a_candidate_says_so(last):
+    with pytest.raises(ClassifierNotFoundError, match="none: no linear layer whose output"):
+        attach(nn.Sequential(nn.Conv2d(3, 8, 3), last))
+
+
+def test_an_example_tells_two_heads_apart(images):
+    assert attach(TwoHeads(), example=images).classifier_path == "classifier"
+
+
+@pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: {"images": x}, lambda x: x])
+def test_an_example_may_be_a_tensor_or_arguments(images, wrap):
+    assert attach(NetWithLoss(), example=wrap(images)).classifier_path == "classifier"
+
+
+def test_an_example_refutes_a_wrong_name(images):
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(TwoHeads(), classifier="boundary", example=images)
+    assert "boundary: Conv2d 1x1, 8 -> 5: its output is not the logits" in str(error.value)
+    assert "classifier: Conv2d 1x1, 8 -> 5: its output is the logits" in str(error.value)
+
+
+@pytest.mark.parametrize("corners", [False, True])
+def test_an_example_looks_through_the_upsampling(images, corners):
+    class Upsampling(Net):
+        def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+            logits = super().forward(images)
+            logits = F.interpolate(logits, size=(48, 48), mode="bilinear", align_corners=corners)
+            return OrderedDict(out=logits)
+
+    assert attach(Upsampling(), example=images).classifier_path == "classifier"
+
+
+def test_what_an_example_refutes_is_not_proposed(images, labels):
+    class Twice(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + super().forward(images.flip(-1))
+
+    with pytest.raises(ClassifierNotFoundError, match="called 2 times in one forward") as error:
+        attach(Twice(), example=images)
+    assert "Otherwise pass features and a classifier to MVSC" in str(error.value)
+    assert "name it" not in str(error.value)
+    model = Twice()
+    reg = attach(model)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"calls it more than once, pass the features to MVSC"):
+        reg(labels)
+
+
+def test_an_example_without_logits_raises(images):
+    class Pooled(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).mean((2, 3))
+
+    with pytest.raises(ValueError, match=r"example must lead to logits.*got \(2, 5\)"):
+        attach(Pooled(), example=images)
+
+
+def test_an_example_leaves_modes_statistics_and_hooks_as_they_were(images):
+    model = Net(nn.Dropout(0.5))
+    model.encoder[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    attach(model, example=images).detach()
+    assert [module.training for module in model.modules()] == modes
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_classifier_is_named_by_a_module_or_a_path():
+    with pytest.raises(TypeError, match="a module of the model or its path, got 2"):
+        attach(Net(), classifier=2)
+
+
+# What must never be proposed.
+
+
+class Alone(nn.Module):
+    """A module with a convolution under some name, and a classifier if it is told to."""
+
+    def __init__(self, name: str, classifier: bool) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, DIM, 3, padding=1)
+        inner = nn.Module()
+        inner.add_module("0", nn.Conv2d(DIM, CLASSES, 1))
+        self.add_module(name, inner)
+        if classifier:
+            self.classifier = nn.Conv2d(DIM, CLASSES, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aux_head",
+        "auxiliary_classifier",
+        "deep_supervision_heads",
+        "deep_super_1",
+        "ds_out",
+        "super_heads",
+        "lora_B",
+        "lora_embedding_A",
+        "original_module",
+        "qkv",
+        "attn_proj",
+        "patch_embed",
+    ],
+)
+def test_a_layer_whose_name_speaks_against_it_is_neither_taken_nor_proposed(name):
+    model = Alone(name, classifier=True)
+    assert attach(model).classifier_path == "classifier"
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(Alone(name, classifier=False))
+    assert f"{name}.0: Conv2d 1x1, 8 -> 5: " in str(error.value)
+    assert f'classifier="{name}.0"' not in str(error.value)
+    assert "mvsc.attach(model, example=images)" in str(error.value)
+    assert any(meaning in str(error.value) for meaning in ASIDE.values())
+
+
+def test_a_linear_alone_is_not_proposed_and_one_sensible_layer_is():
+    model = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.Flatten(), nn.Linear(DIM, CLASSES))
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(model)
+    assert 'classifier="path.of.the.layer"' in str(error.value)
+
+
+def test_a_layer_as_wide_before_as_behind_is_a_classifier(images):
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Conv2d(3, DIM, 3, padding=1)
+            self.narrow = nn.Conv2d(DIM, CLASSES, 3, padding=1)
+            self.out = nn.Conv2d(CLASSES, CLASSES, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.out(self.narrow(self.encoder(images)).relu())
+
+    assert attach(Narrow(), classifier="out").regularizer.dim == CLASSES
+    assert attach(Narrow(), example=images).classifier_path == "out"
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("Sam2Model", "Sam2Config"),
+        ("SegGptForImageSegmentation", "SegGptConfig"),
+        ("DPTForDepthEstimation", "DPTConfig"),
+        ("GLPNForDepthEstimation", "GLPNConfig"),
+        ("ViTForImageClassification", "ViTConfig"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_of_transformers_that_is_no_segmenter_is_refused(model, config, inside):
+    hf = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        made = getattr(hf, model)(getattr(hf, config)())
+    made = nn.ModuleDict({"inner": made}) if inside else made
+    with pytest.raises(
+        ClassifierNotFoundError, match=r'classifier="path\.of\.the\.layer"|no classes'
+    ):
+        attach(made)
+
+
+def test_a_head_of_ones_own_on_a_model_of_transformers_is_found():
+    hf = pytest.importorskip("transformers")
+
+    class OnDino(hf.PreTrainedModel):
+        config_class = hf.Dinov2Config
+
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.backbone = hf.Dinov2Model(config)
+            self.head = nn.Conv2d(config.hidden_size, CLASSES, 1)
+
+    with torch.device("meta"):
+        assert attach(OnDino(hf.Dinov2Config())).classifier_path == "head"
+        sam = hf.Sam2Model(hf.Sam2Config())
+        model = nn.ModuleDict({"sam": sam, "head": nn.Conv2d(256, CLASSES, 1)})
+        assert attach(model).classifier_path == "head"
+
+
+# PEFT.
+
+
+class Adapted(Net):
+    """With projections of an attention, to be adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.qkv = nn.Conv2d(DIM, DIM, 1), nn.Conv2d(DIM, 3 * DIM, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.query(self.encoder(images)))
+
+
+SAVED = "base_model.model.classifier.modules_to_save.default"
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"target_modules": ["query"], "modules_to_save": ["classifier"]}, SAVED),
+        ({"target_modules": ["query", "classifier"]}, "base_model.model.classifier"),
+        ({"target_modules": ["query", "qkv"]}, "base_model.model.classifier"),
+        (
+            {"target_modules": ["query", "classifier"], "use_dora": True},
+            "base_model.model.classifier",
+        ),
+    ],
+    ids=["saved", "adapted", "left alone", "dora"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_pefts_copy_or_adapter_of_the_classifier_is_trained(images, labels, config, path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Adapted(), peft.LoraConfig(r=2, **config))
+    for options in (
+        {},
+        {"example": images},
+        {"classifier": "base_model.model.classifier"},
+        {"classifier": model.base_model.model.classifier},
+    ):
+        with attach(model, **options) as reg:
+            assert reg.classifier_path == path
+            model(images)
+            (F.cross_entropy(model(images), labels)).backward()
+            reg.discard()
+            model(images)
+            reg(labels).backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert any("modules_to_save" in name or "lora" in name for name in trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_loss_of_an_adapted_classifier_is_that_of_its_sum(images, labels):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query", "classifier"], init_lora_weights=False)
+    model = peft.get_peft_model(Adapted(), config)
+    reg = attach(model, groups=1)
+    model(images)
+    found = reg.terms(labels).classify
+    model.eval()
+    logits = model.base_model.model.classifier(reg.regularizer.centroids[0][:, :, None, None])
+    present = torch.isin(torch.arange(CLASSES), labels)
+    expected = F.cross_entropy(logits.flatten(1)[present], torch.arange(CLASSES)[present])
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "path"),
+    [
+        ("VNet", {"in_channels": 1, "out_channels": 2}, "out_tr.conv2"),
+        ("VNet", {"in_channels": 1, "out_channels": 16}, "out_tr.conv2"),
+        (
+            "DynUNet",
+            {
+                "in_channels": 1,
+                "out_channels": 3,
+                "kernel_size": (3, 3, 3),
+                "strides": (1, 2, 2),
+                "upsample_kernel_size": (2, 2),
+                "deep_supervision": True,
+            },
+            "output_block.conv.conv",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_deep_supervision_and_equal_widths_in_monai_do_not_mislead(name, arguments, path):
+    nets = pytest.importorskip("monai.networks.nets")
+    assert attach(getattr(nets, name)(2, **arguments)).classifier_path == path

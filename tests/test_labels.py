@@ -1,0 +1,243 @@
+"""Each remedy of an error about labels, followed literally, ends in right labels."""
+
+import ast
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvsc import MVSCRegularizer
+
+CLASSES, DIM = 4, 8
+
+
+def remedies(message: str) -> list[str]:
+    """Return the expressions that a message says to use, the longest at each place."""
+    assigned = re.search(r"(\w+) = (labels.*?) and ", message)
+    text = message if assigned is None else message[assigned.end() :]
+    found, place = [], 0
+    while place < len(text):
+        starts = re.match(r"\(+labels|labels|torch\.\w+\(", text[place:])
+        ends = [m.end() for m in re.finditer(r"\)", text[place:])] if starts else []
+        for end in reversed(ends):
+            expression = text[place : place + end]
+            if isinstance(parsed(expression), ast.Call):
+                found.append(expression)
+                place += end
+                break
+        else:
+            place += 1
+    if assigned is not None:
+        found = [each.replace(assigned[1], f"({assigned[2]})") for each in found]
+    return found
+
+
+def parsed(expression: str) -> ast.AST | None:
+    try:
+        return ast.parse(expression, mode="eval").body
+    except SyntaxError:
+        return None
+
+
+def ask(labels: object, grid=(8, 8), batch: int = 2, classes: int = CLASSES):
+    """Return the error about labels, or None if they are taken."""
+    classifier = (nn.Conv3d if len(grid) == 3 else nn.Conv2d)(DIM, classes, 1)
+    reg = MVSCRegularizer(classes, DIM, 1)
+    try:
+        reg(torch.randn(batch, DIM, *grid), labels, classifier)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def follow(labels: object, **options) -> list[object]:
+    """Follow all remedies, one after the other, until labels are taken or none is offered."""
+    message = ask(labels, **options)
+    if message is None:
+        return [labels]
+    ends: list[object] = []
+    for expression in remedies(message):
+        names = {"labels": labels, "torch": torch, "ignore_index": 255}
+        ends += follow(eval(expression, names), **options)
+    return ends or [message]
+
+
+def right(batch=2, size=(8, 8), classes: int = CLASSES) -> Tensor:
+    return torch.randint(0, classes, (batch, *size))
+
+
+def test_the_remedies_of_a_message_are_found():
+    found = remedies(
+        "got x. Use (labels.squeeze(1) * 255).round().long(): ToTensor has divided. pil_to_tensor, "
+        "or v2.PILToTensor, does not."
+    )
+    assert found == ["(labels.squeeze(1) * 255).round().long()"]
+    found = remedies("For one-hot use labels.argmax(1) if second, labels.argmax(-1) if last: both.")
+    assert found == ["labels.argmax(1)", "labels.argmax(-1)"]
+
+
+FORMS = {
+    "(B, H, W)": lambda y: y,
+    "uint8": lambda y: y.byte(),
+    "float": lambda y: y.float(),
+    "half": lambda y: y.half(),
+    "ToTensor": lambda y: y.byte().float() / 255,
+    "ToTensor, half": lambda y: (y.byte().float() / 255).half(),
+    "(B, 1, H, W)": lambda y: y[:, None],
+    "(B, 1, H, W) float": lambda y: y[:, None].float(),
+    "(B, 1, H, W) ToTensor": lambda y: y[:, None] / 255,
+    "(B, H, W, 1)": lambda y: y[..., None],
+    "(B, H, W, 1) float": lambda y: y[..., None].float(),
+    "one-hot first": lambda y: F.one_hot(y, CLASSES).movedim(-1, 1),
+    "one-hot last": lambda y: F.one_hot(y, CLASSES),
+    "one-hot first, float": lambda y: F.one_hot(y, CLASSES).movedim(-1, 1).float(),
+    "one-hot first, bool": lambda y: F.one_hot(y, CLASSES).movedim(-1, 1).bool(),
+    "one-hot last, bool": lambda y: F.one_hot(y, CLASSES).bool(),
+    "probabilities": lambda y: F.one_hot(y, CLASSES).movedim(-1, 1) * 0.6 + 0.1,
+    "probabilities last": lambda y: F.one_hot(y, CLASSES) * 0.6 + 0.1,
+    "probabilities, half": lambda y: (F.one_hot(y, CLASSES).movedim(-1, 1) * 0.6 + 0.1).half(),
+    "an array": lambda y: y.numpy(),
+    "a list": lambda y: y.tolist(),
+    "(B, N)": lambda y: y.flatten(1),
+    "(B, N) float": lambda y: y.flatten(1).float(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(8, 8), (8, 6), (4, 4)])
+def test_following_the_remedies_ends_in_the_right_labels_or_a_true_error(form, size):
+    y = right(size=size)
+    ends = follow(FORMS[form](y), grid=size)
+    assert ends
+    taken = [end for end in ends if isinstance(end, Tensor)]
+    assert taken, ends
+    # Where two layouts are possible both are offered, each with its condition.
+    assert any(torch.equal(end.long(), y) for end in taken)
+    if len(ends) == 1:
+        assert torch.equal(taken[0].long(), y)
+
+
+@pytest.mark.parametrize("form", ["one-hot first", "one-hot last", "one-hot first, bool"])
+def test_one_hot_labels_of_a_square_as_wide_as_the_classes_are_told_apart(form):
+    y = right(size=(4, 4))
+    y[0, 0] = 0  # A row of one class: only one of the two readings is one-hot.
+    y[0, :, 0] = 0
+    (end,) = follow(FORMS[form](y), grid=(4, 4))
+    assert torch.equal(end, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_pixels_of_several_or_no_classes_are_left_out(dtype):
+    y = torch.rand(2, CLASSES, 8, 8) > 0.6
+    one = y.sum(1) == 1
+    (end,) = follow(y.to(dtype))
+    assert torch.equal(end, torch.where(one, y.long().argmax(1), 255))
+    assert not bool(one.all())
+
+
+def test_one_hot_labels_with_void_pixels_stay_void():
+    y = right()
+    hot = F.one_hot(y, CLASSES).movedim(-1, 1)
+    hot[:, :, :3] = 0  # As one-hot codes what has no class.
+    (end,) = follow(hot)
+    y[:, :3] = 255
+    assert torch.equal(end, y)
+
+
+@pytest.mark.parametrize(
+    "form", ["float", "(B, 1, H, W)", "(B, 1, H, W) float", "one-hot first", "probabilities"]
+)
+def test_volumes_too(form):
+    forms = FORMS | {"float": lambda y: y.float()}
+    y = right(size=(4, 6, 5))
+    assert all(torch.equal(end.long(), y) for end in follow(forms[form](y), grid=(4, 6, 5)))
+
+
+def test_a_mask_is_two_classes():
+    y = right(classes=2)
+    for labels in (y.bool(), y[:, None].bool(), y[:, None].float(), y.float()):
+        (end,) = follow(labels, classes=2)
+        assert torch.equal(end, y)
+
+
+def test_probabilities_of_two_classes_are_cut_at_a_half():
+    y = right(classes=2)
+    for labels in (0.21 + 0.6 * y, (0.21 + 0.6 * y)[:, None]):
+        assert torch.equal(follow(labels, classes=2)[0].long(), y)
+
+
+def test_a_mask_of_0_and_255_through_totensor_is_not_silently_unlabelled():
+    y = right(classes=2).float()  # 255 / 255 = 1
+    (end,) = follow(y, classes=2)
+    assert torch.equal(end, y.long())
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.randn(2, 8, 8),
+        torch.randn(2, 3, 8, 8),
+        torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8),
+        torch.rand(2, 3, 8, 8) * 255,
+        torch.rand(2, 8, 8) * 3,
+        torch.full((2, 8, 8), float("nan")),
+        torch.full((2, 1, 8, 8), float("inf")),
+        torch.full((2, 4, 8, 8), float("nan")),
+    ],
+    ids=["normal", "logits", "colours", "colours as floats", "fractions", "nan", "inf", "nan 4"],
+)
+def test_what_are_no_labels_ends_in_an_error(labels):
+    ends = follow(labels)
+    assert all(isinstance(end, str) for end in ends), ends
+
+
+def test_a_single_image_without_its_batch_gets_one():
+    y = right(1)
+    (end,) = follow(y[0], batch=1)
+    assert torch.equal(end, y)
+    (end,) = follow(y[0].float(), batch=1)
+    assert torch.equal(end, y)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_labels_in_rows_are_unfolded_and_not_taken_for_an_image(batch):
+    y = right(batch)
+    for labels in (y.flatten(1), y.flatten(1).float()):
+        (end,) = follow(labels, batch=batch)
+        assert torch.equal(end, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_classes_that_totensor_scaled_come_back_as_they_were(dtype):
+    y = right(classes=150)
+    (end,) = follow((y / 255).to(dtype), classes=150)
+    assert torch.equal(end, y)
+
+
+# Which label means unlabelled.
+
+
+@pytest.mark.parametrize(("classes", "ignored"), [(2, 255), (255, 255), (256, -100), (300, -100)])
+def test_the_default_ignore_index_is_no_class(classes, ignored):
+    assert MVSCRegularizer(classes, DIM).ignore_index == ignored
+    assert MVSCRegularizer(classes, DIM, ignore_index=7).ignore_index == 7
+    assert MVSCRegularizer(300, DIM, ignore_index=255).ignore_index == 255
+
+
+def test_class_255_of_300_counts():
+    labels = torch.full((1, 8, 8), 255)
+    labels[:, :4] = 254
+    reg = MVSCRegularizer(300, DIM, 1)
+    terms = reg.terms(torch.randn(1, DIM, 8, 8), labels, nn.Conv2d(DIM, 300, 1))
+    assert terms.align.item() > 0  # Of one class alone it is 0.
+
+
+def test_unlabelled_images_in_a_batch_are_labels_of_the_ignored_kind():
+    features, classifier = torch.randn(2, DIM, 8, 8, requires_grad=True), nn.Conv2d(DIM, CLASSES, 1)
+    y = right()
+    y[1] = 255
+    MVSCRegularizer(CLASSES, DIM, 1)(features, y, classifier).backward()
+    assert bool((features.grad[0] != 0).any())
+    assert not bool((features.grad[1] != 0).any())

@@ -1,0 +1,486 @@
+"""The tap: the features of the last forward, to look at and to use, and nothing left behind."""
+
+import copy
+import gc
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.testing import assert_close
+
+from mvsc import MVSCRegularizer
+from mvsc.attach import attach
+from tiny_nets import CLASSES, DIM, Net, NetWithLoss
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.randint(0, CLASSES, (2, 12, 12))
+
+
+class Rows(Net):
+    """Its classifier is a Linear on the last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(DIM, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.encoder(images).movedim(1, -1)).movedim(-1, 1)
+
+
+# reg.features.
+
+
+@pytest.mark.parametrize("kind", [Net, Rows])
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_features_of_the_last_forward_can_be_looked_at_in_any_mode(
+    images, kind, mode, training
+):
+    model = kind().train(training)
+    reg = attach(model, classifier="classifier")
+    with mode():
+        model(images)
+        seen = reg.features
+        expected = model.encoder(images)
+    assert seen.shape == (2, DIM, 12, 12)
+    assert not seen.requires_grad
+    assert_close(seen, expected.detach())
+
+
+def test_the_features_can_be_looked_at_before_and_after_the_loss(images, labels):
+    model = Net(nn.Dropout(0.5))
+    reg = attach(model)
+    model(images)
+    before = reg.features
+    loss = reg(labels)
+    assert torch.equal(reg.features, before)
+    loss.backward()
+    assert torch.equal(reg.features, before)
+    assert_close(before, model.encoder(images).detach())  # from before the dropout
+
+
+def test_looking_at_the_features_is_no_use_of_them(images, labels):
+    model = Net()
+    reg = attach(model)
+    for _ in range(3):
+        model(images)
+        _ = reg.features
+        reg(labels).backward()
+
+
+def test_an_evaluation_shows_its_own_features_and_then_training_its_own(images, labels):
+    model = Net()
+    reg = attach(model)
+    other = torch.randn(1, 3, 8, 8)
+    model(images)
+    reg(labels)
+    model.eval()
+    with torch.no_grad():
+        model(other)
+        assert_close(reg.features, model.encoder(other))
+    model.train()
+    model(images)
+    assert reg.features.shape == (2, DIM, 12, 12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_features_are_let_go_when_the_next_forward_begins(images, labels, training):
+    model = Net().train(training)
+    reg = attach(model)
+    model(images)
+    if training:
+        reg(labels).backward()
+    kept, alive = weakref.ref(reg._tap.seen), []
+    model.encoder.register_forward_pre_hook(lambda *_: alive.append(kept() is not None))
+    assert kept() is not None
+    model(images)
+    assert alive == [False]
+
+
+def test_the_features_keep_no_graph(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    entered = weakref.ref(reg._tap.features)
+    reg(labels).backward()
+    gc.collect()
+    assert reg.features.grad_fn is None
+    assert entered() is None
+
+
+def test_no_forward_and_no_model_are_said(images):
+    model = Net()
+    reg = attach(model)
+    with pytest.raises(RuntimeError, match="no features to look at"):
+        _ = reg.features
+    model(images)
+    with pytest.raises(RuntimeError, match=r"attached to no model.*Call mvsc\.attach"):
+        _ = copy.deepcopy(reg).features
+    reg.detach()
+    with pytest.raises(RuntimeError, match="attached to no model"):
+        _ = reg.features
+
+
+def test_features_of_tokens_have_their_channels_second():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.head = nn.Conv2d(3, DIM, 4, 4), nn.Linear(DIM, CLASSES)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.patches(images).flatten(2).transpose(1, 2)
+            return self.head(tokens).transpose(1, 2).unflatten(2, (4, 6))
+
+    model = Tokens()
+    reg = attach(model, classifier="head")
+    images = torch.randn(2, 3, 16, 24)
+    F.cross_entropy(model(images), torch.zeros(2, 4, 6).long())
+    assert_close(reg.features, model.patches(images).flatten(2).detach())
+    assert reg(torch.randint(0, CLASSES, (2, 16, 24))).isfinite()
+
+
+# Copies and pickles.
+
+LOAD = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "mvsc":
+            raise ModuleNotFoundError("mvsc is not here")
+
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, {tests!r})
+import torch, pickle
+try:
+    import mvsc
+except ModuleNotFoundError:
+    print("blocked")
+for path in sys.argv[1:]:
+    model = torch.load(path, weights_only=False)
+    output = model(torch.ones(1, 3, 8, 8))
+    print(tuple(getattr(output, "logits", output).shape), "mvsc" in sys.modules)
+"""
+
+
+def test_a_pickled_model_that_is_attached_loads_where_there_is_no_mvsc(tmp_path, images, labels):
+    paths = []
+    for number, (model, options) in enumerate(
+        [(Net(nn.Dropout(0.5)), {}), (NetWithLoss(), {"add_to_loss": True}), (Net(), {})]
+    ):
+        reg = attach(model, classifier="classifier", **options)
+        if number == 1:
+            model(images, labels).loss.backward()
+        elif number == 2:
+            model(images)
+            reg(labels)
+        paths.append(tmp_path / f"{number}.pt")
+        torch.save(copy.deepcopy(model) if number == 2 else model, paths[-1])
+    here = str(Path(__file__).parent)
+    ran = subprocess.run(
+        [sys.executable, "-c", LOAD.format(tests=here), *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == ["blocked", *["(1, 5, 8, 8) False"] * 3]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_the_hooks_of_a_copy_do_nothing(images, labels, duplicate):
+    model = NetWithLoss()
+    reg = attach(model, add_to_loss=True)
+    other = duplicate(model)
+    expected = F.cross_entropy(other(images).logits, labels)
+    assert_close(other(images, labels).loss, expected)
+    other.eval()
+    with torch.no_grad():
+        other(images)
+    assert reg._tap.seen is None
+    assert reg.regularizer.step == 0
+    attach(other).detach()
+
+
+def test_a_file_of_an_attached_model_is_no_larger_for_what_was_tapped(images):
+    model = Net()
+    size = len(saved(model))
+    attach(model)
+    model(torch.randn(8, 3, 64, 64))
+    assert len(saved(model)) < size + 2000
+
+
+def saved(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+# The first forward.
+
+
+class After(Net):
+    """Something comes after the classifier."""
+
+    def __init__(self, after, classes: int = CLASSES) -> None:
+        super().__init__(classes=classes)
+        self.after = after
+
+    def forward(self, images: Tensor):
+        return self.after(super().forward(images))
+
+
+class Residual(nn.Module):
+    """MONAI's UNet ends so: conv(x) + x, of C channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.last = (
+            nn.Conv2d(3, CLASSES, 3, padding=1),
+            nn.Conv2d(CLASSES, CLASSES, 1),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.encoder(images)
+        return self.last(features) + 3 * features
+
+
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [
+        (Residual(), "last"),
+        (After(nn.Conv2d(CLASSES, CLASSES, 3, padding=1)), "classifier"),
+        (After(nn.ConvTranspose2d(CLASSES, CLASSES, 2, 2)), "classifier"),
+        (After(nn.Sequential(nn.Conv2d(CLASSES, CLASSES, 1), nn.Softmax(1))), "classifier"),
+    ],
+    ids=["residual", "conv", "transposed", "conv and softmax"],
+)
+def test_a_classifier_whose_answer_is_not_what_is_returned_is_doubted_once(
+    images, labels, model, path
+):
+    reg = attach(model, classifier=path)
+    with pytest.warns(UserWarning, match=r"may be the wrong one.*\(2, 5, .*not a resize") as seen:
+        model(images)
+    reg(labels).backward()
+    model(images)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+def upsampled(mode: str, **options: object):
+    return lambda z: F.interpolate(z, size=(37, 50), mode=mode, **options)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: z,
+        lambda z: z.softmax(1),
+        lambda z: z.log_softmax(1),
+        lambda z: z.sigmoid(),
+        lambda z: F.logsigmoid(z),
+        lambda z: z.argmax(1),
+        lambda z: z / 3,
+        lambda z: z.float().half(),
+        lambda z: (z, z.mean((2, 3))),
+        lambda z: {"out": z, "aux": torch.randn_like(z)},
+        lambda z: {"loss": z.mean()},
+        lambda z: SimpleNamespace(logits=torch.randn_like(z)),
+        lambda z: [torch.randn_like(z[..., ::2, ::2]), z],
+        lambda z: [z, F.interpolate(torch.randn_like(z), scale_factor=0.5)],
+        lambda z: torch.stack([z, torch.randn_like(z)], dim=1),
+        lambda z: z.movedim(1, -1),
+        lambda z: z * float("nan"),
+        lambda z: z.flatten(2).transpose(1, 2),
+        upsampled("bilinear"),
+        upsampled("bilinear", align_corners=True),
+        upsampled("bicubic"),
+        upsampled("nearest"),
+        upsampled("bilinear", antialias=True),
+        lambda z: upsampled("bilinear")(z).softmax(1),
+        lambda z: upsampled("bilinear")(z.softmax(1)),
+        lambda z: F.pixel_shuffle(z.repeat_interleave(4, 1), 2),
+    ],
+)
+def test_what_follows_without_weights_is_quiet(images, after):
+    model = After(after)
+    attach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "You are using.*antialias")
+        model(images)
+
+
+def test_deep_supervision_is_quiet(images):
+    class Deep(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.deep = nn.Conv2d(DIM, DIM, 2, 2), nn.Conv2d(DIM, CLASSES, 1)
+
+        def forward(self, images: Tensor):
+            features = self.encoder(images)
+            return [self.classifier(features), self.deep(self.down(features))]
+
+    model = Deep()
+    for path in ("classifier", "deep"):
+        with attach(model, classifier=path):
+            model(images)
+
+
+def test_one_logit_is_quiet(images):
+    for after in (
+        lambda z: z,
+        lambda z: z.sigmoid(),
+        lambda z: z[:, 0],
+        lambda z: z.sigmoid()[:, 0],
+    ):
+        model = After(after, classes=1)
+        with attach(model, classifier="classifier"):
+            model(images)
+
+
+def test_an_empty_batch_and_one_that_is_not_finite_are_quiet():
+    for first in (torch.randn(0, 3, 12, 12), torch.full((2, 3, 12, 12), float("inf"))):
+        model = After(upsampled("nearest"))
+        with attach(model):
+            model(first)
+
+
+def test_the_doubt_costs_the_memory_of_one_image_only(images):
+    class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for each in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(each, Tensor) and each.dtype == torch.float64:
+                    self.largest = max(self.largest, each.numel())
+            return result
+
+    model = After(upsampled("bicubic"))
+    attach(model)
+    with Peak() as peak:
+        logits = model(images.repeat(8, 1, 1, 1))
+    assert 0 < peak.largest <= logits[:5].numel()
+
+
+def test_the_check_of_the_first_forward_leaves_no_hook_and_no_copy_of_the_answer(images):
+    model = After(lambda z: z)
+    reg = attach(model)
+    hooks = len(model.classifier._forward_hooks) + len(model._forward_hooks)
+    answer = []
+    model.classifier.register_forward_hook(lambda m, args, out: answer.append(weakref.ref(out)))
+    logits = model(images)
+    assert hooks == 2
+    assert len(model.classifier._forward_hooks) + len(model._forward_hooks) == 1
+    del logits
+    reg.discard()
+    gc.collect()
+    assert answer[0]() is None
+
+
+# Ways out that the errors name.
+
+
+def test_frozen_batch_norm_trains_as_the_error_says(images, labels):
+    model = Net()
+    reg = attach(model)
+    statistics = model.encoder[1].running_mean.clone()
+    model.eval()(images)
+    with pytest.raises(RuntimeError, match="in evaluation mode on purpose") as error:
+        reg(labels)
+    remedy = str(error.value).rpartition(": ")[2].rstrip(".")
+    eval(remedy, {"model": model})
+    model(images)
+    reg(labels).backward()
+    assert torch.equal(model.encoder[1].running_mean, statistics)
+    assert model.encoder[0].weight.grad is not None
+
+
+def test_mixup_names_the_explicit_form_and_it_works(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(0.7 * images + 0.3 * images.flip(0))
+    reg(labels)
+    with pytest.raises(RuntimeError, match="MixUp, pass features and classifier to MVSCReg"):
+        reg(labels.flip(0))
+    explicit = MVSCRegularizer(CLASSES, DIM)
+    features = model.encoder(images)
+    pair = [explicit(features, each, model.classifier) for each in (labels, labels.flip(0))]
+    (0.7 * pair[0] + 0.3 * pair[1]).backward()
+
+
+# What no forward may fail of.
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: (z * 2 + 1, z.detach().to_sparse()),
+        lambda z: (torch.fft.fft2(z), "a word", None, 3),
+        lambda z: torch.nested.nested_tensor([z[0], z[1][:, :8]]),
+        lambda z: z.to(torch.float8_e4m3fn),
+        lambda z: SimpleNamespace(logits=z),
+    ],
+    ids=["sparse", "complex", "nested", "float8", "object"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_outputs_of_any_kind_pass_the_first_forward(images, labels, after):
+    model = After(after)
+    reg = attach(model)
+    model(images)
+    assert reg(labels).isfinite()
+
+
+def test_a_forward_without_values_passes(labels):
+    model = Net().to("meta")
+    reg = attach(model)
+    model(torch.randn(2, 3, 12, 12, device="meta"))
+    assert reg(labels.to("meta")).is_meta
+    model = Net()
+    reg = attach(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.randn(2, 3, 12, 12))
+    reg.discard()
+    model.encoder[1] = nn.Identity()
+    assert torch.func.vmap(lambda image: model(image[None])[0])(torch.randn(2, 3, 8, 8)).ndim == 4
+
+
+def test_a_classifier_that_takes_a_list_runs_and_is_named_by_the_loss(images, labels):
+    class OfList(nn.Conv2d):
+        def forward(self, maps: list[Tensor]) -> Tensor:
+            return super().forward(sum(maps))
+
+    class Lists(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = OfList(DIM, CLASSES, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier([self.encoder(images)] * 2)
+
+    model = Lists()
+    reg = attach(model, classifier="classifier")
+    model(images)
+    with pytest.raises(RuntimeError, match=r"called with a list.*Pass features and a callable"):
+        reg(labels)
+    assert model.eval()(images).shape == (2, CLASSES, 12, 12)

@@ -1,0 +1,405 @@
+"""What a training loop may get wrong without an error: said once, and only where it is so."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from mvsc import MVSCRegularizer
+from mvsc.attach import attach
+from mvsc.sampling import labels_on_grid
+
+CLASSES, DIM = 4, 8
+
+
+# A model that pads its images and crops its logits.
+
+
+class Padding(nn.Module):
+    """Pads to a multiple, at the end or on both sides, and crops the resized logits."""
+
+    def __init__(self, to=32, stride=4, both=False, pad="constant", square=False, **resize):
+        super().__init__()
+        self.encoder, self.classifier = (
+            nn.Conv2d(3, DIM, stride, stride),
+            nn.Conv2d(DIM, CLASSES, 1),
+        )
+        self.to, self.stride, self.both, self.pad, self.square = to, stride, both, pad, square
+        self.resize = resize or {"mode": "bilinear"}
+
+    def forward(self, images: Tensor) -> Tensor:
+        h, w = images.shape[2:]
+        down, right = (
+            (max(h, w) - h, max(h, w) - w) if self.square else (-h % self.to, -w % self.to)
+        )
+        top, left = (down // 2, right // 2) if self.both else (0, 0)
+        images = F.pad(images, (left, right - left, top, down - top), mode=self.pad)
+        logits = F.interpolate(
+            self.classifier(self.encoder(images)), scale_factor=self.stride, **self.resize
+        )
+        return logits[..., top : top + h, left : left + w]
+
+
+def step(model, images, labels, **options):
+    reg = attach(model, classifier="classifier", **options)
+    logits = model(images)
+    logits = F.interpolate(logits, labels.shape[1:]) if logits.ndim > 3 else logits
+    (F.cross_entropy(logits, labels, ignore_index=255) + reg(labels)).backward()
+    return reg
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Padding(),
+        Padding(both=True),
+        Padding(pad="reflect"),
+        Padding(to=16, stride=8, pad="replicate"),
+        Padding(stride=16),
+        Padding(stride=8, both=True, mode="nearest-exact"),
+        Padding(stride=8, mode="bilinear", align_corners=True),
+        Padding(square=True),
+        Padding(square=True, both=True),
+    ],
+    ids=[
+        "end",
+        "both",
+        "reflect",
+        "16",
+        "stride 16",
+        "nearest",
+        "corners",
+        "square",
+        "square both",
+    ],
+)
+@pytest.mark.parametrize("size", [(72, 96), (50, 76), (100, 60)])
+def test_a_model_that_pads_and_crops_is_told_to_pad_the_labels_too(model, size):
+    images, labels = torch.randn(2, 3, *size), torch.randint(0, CLASSES, (2, *size))
+    with pytest.warns(UserWarning, match=r"pads.*F\.pad\(labels") as seen:
+        step(copy.deepcopy(model), images, labels)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__  # the user's line, not one of ours
+
+
+@pytest.mark.parametrize("model", [Padding(), Padding(both=True), Padding(square=True)])
+def test_labels_that_are_padded_as_the_model_pads_are_taken_in_silence(model):
+    size = (50, 76)
+    model.resize = {"mode": "nearest"}
+    images, labels = torch.randn(2, 3, *size), torch.randint(0, CLASSES, (2, *size))
+    down, right = (26, 0) if model.square else (14, 20)
+    top, left = (down // 2, right // 2) if model.both else (0, 0)
+    padded = F.pad(labels, (left, right - left, top, down - top), value=255)
+    reg = attach(model, classifier="classifier", groups=1, pull_weight=0.0)
+    F.cross_entropy(model(images), labels)
+    loss = reg(padded)
+    # What is right: each feature pixel has the label of its own 4 x 4 pixels of the image.
+    features = model.encoder(F.pad(images, (left, right - left, top, down - top)))
+    explicit = MVSCRegularizer(CLASSES, DIM, 1, pull_weight=0.0)
+    grid = F.pad(labels, (left, right - left, top, down - top), value=255)[:, 2::4, 2::4]
+    assert_close(loss, explicit(features, grid, model.classifier))
+
+
+def test_a_letterbox_is_noticed():
+    class Letterbox(Padding):
+        def forward(self, images: Tensor) -> Tensor:
+            small = F.interpolate(images, (48, 64), mode="bilinear")
+            logits = F.interpolate(
+                self.classifier(self.encoder(F.pad(small, (0, 0, 8, 8)))),
+                scale_factor=4,
+                mode="bilinear",
+            )
+            return F.interpolate(logits[:, :, 8:-8], images.shape[2:], mode="bilinear")
+
+    images, labels = torch.randn(2, 3, 90, 120), torch.randint(0, CLASSES, (2, 90, 120))
+    with pytest.warns(UserWarning, match=r"F\.pad\(labels|not a resize"):
+        step(Letterbox(), images, labels)
+
+
+class Plain(nn.Module):
+    """An encoder, a classifier, and perhaps something that comes after it."""
+
+    def __init__(self, *encoder: nn.Module, after=lambda logits, size: logits) -> None:
+        super().__init__()
+        layers = encoder or (nn.Conv2d(3, DIM, 3, padding=1),)
+        self.encoder, self.classifier = nn.Sequential(*layers), nn.Conv2d(DIM, CLASSES, 1)
+        self.after = after
+
+    def forward(self, images: Tensor):
+        logits = self.classifier(self.encoder(images))
+        return self.after(logits, images.shape[2:])
+
+
+GRIDS = [(97, 131), (375, 500), (333, 500), (321, 481), (427, 640), (365, 500)]
+"""Sizes of real images: Cityscapes and ADE20K crops, VOC, BSDS, COCO."""
+
+
+def strided(*strides, kernel=3, dilation=1):
+    widths = [3, *[DIM] * len(strides)]
+    return [
+        nn.Conv2d(a, b, kernel, s, padding=kernel // 2 * dilation, dilation=dilation)
+        for a, b, s in zip(widths, widths[1:], strides, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("size", GRIDS)
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        lambda: strided(2, 2),
+        lambda: strided(2, 2, 2),
+        lambda: strided(4, 2, 2, 2, kernel=7),
+        lambda: [nn.Conv2d(3, DIM, 14, 14)],
+        lambda: [nn.Conv2d(3, DIM, 16, 16)],
+        lambda: [*strided(2, 2), nn.Conv2d(DIM, DIM, 3, padding=4, dilation=4)],
+        lambda: [nn.Conv2d(3, DIM, 3, 2), nn.MaxPool2d(2, ceil_mode=True)],
+        lambda: [nn.Conv2d(3, DIM, 3), nn.Conv2d(DIM, DIM, 3)],
+    ],
+    ids=["os4", "os8", "os32", "patch14", "patch16", "dilated", "ceil", "valid"],
+)
+def test_models_that_do_not_pad_are_quiet_on_real_sizes(encoder, size):
+    layers = encoder()
+    if len(layers) == 2 and size == (97, 131) and layers[0].padding == (0, 0):
+        size = (98, 134)
+    images, labels = torch.randn(1, 3, *size), torch.randint(0, CLASSES, (1, *size))
+    step(Plain(*layers, after=lambda logits, _: F.interpolate(logits, size)), images, labels)
+
+
+def test_a_resize_that_changes_the_ratio_is_quiet():
+    def resized(images):
+        return F.interpolate(images, (64, 64), mode="bilinear")
+
+    class Resizing(Plain):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.interpolate(super().forward(resized(images)), images.shape[2:])
+
+    images, labels = torch.randn(1, 3, 48, 96), torch.randint(0, CLASSES, (1, 48, 96))
+    step(Resizing(*strided(2, 2)), images, labels)
+
+
+# A gradient that nobody clears.
+
+
+def train(clear, steps=4, optimizer=torch.optim.SGD, accumulate=1, model=None, **options):
+    model = model or Plain()
+    reg = attach(model, classifier="classifier")
+    groups = [{"params": [*model.parameters()]}, reg.param_group()]
+    made = optimizer(groups, lr=0.01, **options)
+    for number in range(steps):
+        images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+        loss = F.cross_entropy(model(images), labels) + reg(labels)
+        if number % accumulate == 0:
+            clear(model, made, reg)
+        loss.backward()
+        if number % accumulate == accumulate - 1:
+            made.step()
+    return reg
+
+
+def test_a_gradient_that_model_zero_grad_leaves_is_noticed_once():
+    with pytest.warns(UserWarning, match=r"model\.zero_grad\(\) does not know them") as seen:
+        train(lambda model, optimizer, reg: model.zero_grad(), steps=6)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+def test_accumulation_under_model_zero_grad_is_noticed_too():
+    with pytest.warns(UserWarning, match=r"reg\.zero_grad\(\) beside"):
+        train(lambda model, optimizer, reg: model.zero_grad(), steps=8, accumulate=3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    "clear",
+    [
+        lambda model, optimizer, reg: optimizer.zero_grad(),
+        lambda model, optimizer, reg: optimizer.zero_grad(set_to_none=False),
+        lambda model, optimizer, reg: (model.zero_grad(), reg.zero_grad()),
+        lambda model, optimizer, reg: [setattr(p, "grad", None) for p in [*reg.parameters()]],
+    ],
+    ids=["none", "zeros", "both", "by hand"],
+)
+def test_a_gradient_that_is_cleared_is_quiet(clear, accumulate):
+    train(clear, steps=7, accumulate=accumulate)
+
+
+def test_a_scaler_that_leaves_steps_out_is_quiet():
+    model = Plain()
+    reg = attach(model, classifier="classifier")
+    optimizer = torch.optim.SGD([*model.parameters(), *reg.parameters()], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for number in range(8):
+        images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+        optimizer.zero_grad(set_to_none=False)
+        loss = F.cross_entropy(model(images), labels) + reg(labels)
+        scaler.scale(loss * (float("inf") if number in (0, 4) else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**14  # Two steps were left out.
+
+
+def test_two_backwards_of_sharpness_aware_minimisation_are_quiet():
+    model = Plain()
+    reg = attach(model, classifier="classifier")
+    optimizer = torch.optim.SGD([*model.parameters(), *reg.parameters()], lr=0.01)
+    for _ in range(4):
+        images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+        optimizer.zero_grad()
+        (F.cross_entropy(model(images), labels) + reg(labels)).backward()
+        moved = [(p, 0.05 * p.grad) for p in [*model.parameters(), *reg.parameters()]]
+        with torch.no_grad():
+            for parameter, by in moved:
+                parameter.add_(by)
+        optimizer.zero_grad()
+        (F.cross_entropy(model(images), labels) + reg(labels)).backward()
+        with torch.no_grad():
+            for parameter, by in moved:
+                parameter.sub_(by)
+        optimizer.step()
+
+
+def test_a_state_loaded_between_two_parts_of_a_batch_is_quiet():
+    model = Plain()
+    reg = attach(model, classifier="classifier")
+    state = copy.deepcopy(reg.state_dict())
+    for _ in range(2):
+        images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+        (F.cross_entropy(model(images), labels) + reg(labels)).backward()
+        reg.load_state_dict(state)
+
+
+def test_a_line_search_that_asks_several_times_is_quiet():
+    model = Plain()
+    reg = attach(model, classifier="classifier")
+    optimizer = torch.optim.LBFGS([*model.parameters(), *reg.parameters()], max_iter=4)
+    images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels) + reg(labels)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+
+
+def test_two_losses_of_one_step_are_quiet():
+    model = Plain()
+    reg = attach(model, classifier="classifier")
+    optimizer = torch.optim.SGD([*model.parameters(), *reg.parameters()], lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        for _ in range(2):
+            images, labels = torch.randn(2, 3, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+            (F.cross_entropy(model(images), labels) + reg(labels)).backward()
+        optimizer.step()
+
+
+# Centroids that no optimizer moves.
+
+
+def idle(make, steps=110):
+    """Train the centroids alone, in the order that Lightning has; return how far they went."""
+    torch.manual_seed(0)
+    reg = MVSCRegularizer(CLASSES, DIM, 2)
+    optimizer = make([*reg.parameters()])
+    features, classifier = torch.randn(1, DIM, 4, 4), nn.Conv2d(DIM, CLASSES, 1)
+    labels, drawn = torch.randint(0, CLASSES, (1, 4, 4)), reg.centroids.detach().clone()
+    for _ in range(steps):
+        loss = reg(features, labels, classifier)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float((reg.centroids - drawn).detach().norm())
+
+
+def made(name, **options):
+    return pytest.param(
+        lambda parameters: getattr(torch.optim, name)(parameters, **{"lr": 1e-3, **options}),
+        id=" ".join([name, *options]),
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        made("SGD"),
+        made("SGD", momentum=0.9, nesterov=True),
+        made("SGD", fused=True),
+        made("SGD", foreach=True),
+        made("Adam"),
+        made("Adam", fused=True),
+        made("Adam", foreach=True),
+        made("Adam", amsgrad=True),
+        made("AdamW"),
+        made("AdamW", fused=True),
+        made("AdamW", foreach=True),
+        made("AdamW", maximize=True),
+        made("Adagrad"),
+        made("Adagrad", fused=True),
+        made("Adadelta"),
+        made("Adafactor"),
+        made("Adamax"),
+        made("ASGD"),
+        made("NAdam"),
+        made("RAdam"),
+        made("RMSprop"),
+        made("Rprop"),
+    ],
+)
+def test_an_optimizer_that_knows_the_centroids_is_quiet(make):
+    assert idle(make) > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_forgotten_regularizer_is_noticed_once(fused):
+    other = nn.Parameter(torch.ones(1))
+    with pytest.warns(UserWarning, match=r"optimizer does not know them") as seen:
+        assert idle(lambda _: torch.optim.AdamW([other], fused=fused), steps=310) == 0
+    assert len(seen) == 1
+
+
+# Labels, none of which reaches the grid.
+
+
+def strokes(size=128, width=1):
+    labels = torch.full((2, size, size), 255)
+    for label in range(CLASSES):
+        labels[:, 1 + 16 * label : 1 + 16 * label + width, 2:-2] = label
+    return labels
+
+
+def test_strokes_that_miss_every_centre_are_noticed_once_and_learned_from_if_told():
+    features = torch.randn(2, DIM, 8, 8, requires_grad=True)
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    with pytest.warns(UserWarning, match=r"992 labelled.*8 x 8.*grid_label=\"commonest\"") as seen:
+        reg(features, strokes(), classifier)
+    reg(features, strokes(), classifier)  # A second warning would be an error.
+    assert len(seen) == 1
+    reg = MVSCRegularizer(CLASSES, DIM, 1, grid_label="commonest")
+    reg(features, strokes(), classifier).backward()
+    learn = features.grad.abs().sum(1) > 0
+    assert_close(learn[:, :4], torch.ones(2, 4, 8).bool())  # A stroke in each upper row.
+    assert not bool(learn[:, 4:].any())
+
+
+def test_labels_that_reach_the_grid_or_are_none_are_quiet():
+    features, classifier = torch.randn(2, DIM, 8, 8), nn.Conv2d(DIM, CLASSES, 1)
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    for labels in (strokes(width=9), torch.full((2, 128, 128), 255), strokes(width=16)):
+        reg(features, labels, classifier)
+    dense = strokes(width=9)
+    assert bool((labels_on_grid(dense, (8, 8), CLASSES, 255) < CLASSES).any())
+
+
+def test_a_warning_names_the_users_line_and_can_be_silenced_by_it():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        reg = MVSCRegularizer(CLASSES, DIM, 1)
+        reg(torch.randn(2, DIM, 8, 8), strokes(), nn.Conv2d(DIM, CLASSES, 1))
+    assert [each.filename for each in seen] == [__file__]
