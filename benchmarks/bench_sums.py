@@ -28,7 +28,7 @@ MAPS = ((4, 256, 128, 171), (16, 256, 128, 171), (16, 128, 96, 39), (16, 256, 64
 
 
 def rows_of(features: Tensor) -> Tensor:
-    return features.transpose(1, 2).reshape(-1, features.shape[1])
+    return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
 
 
 def wide(features: Tensor) -> torch.dtype:
@@ -47,8 +47,8 @@ def scatter_add_rows(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
 
 
 def scatter_add_pixels(features: Tensor, cells: Tensor, num_cells: int) -> Tensor:
-    columns = features.to(wide(features))
-    index = cells.unsqueeze(1).expand_as(columns)
+    columns = features.flatten(2).to(wide(features))
+    index = cells.flatten(1).unsqueeze(1).expand_as(columns)
     sums = columns.new_zeros(*columns.shape[:2], num_cells).scatter_add_(2, index, columns)
     return sums.sum(0).t()
 

@@ -234,20 +234,20 @@ def require(holds: bool, claim: str) -> None:
         raise AssertionError(claim)
 
 
-def read() -> list[Row]:
+def read_rows() -> list[Row]:
     return [Row(**json.loads(line)) for line in ROWS.read_text().splitlines()]
 
 
 def keep(library: str, rows: Iterable[Row]) -> None:
     """Put the rows of a library in the place of those that it had."""
-    others = [row for row in read() if row.library != library] if ROWS.exists() else []
+    others = [row for row in read_rows() if row.library != library]
     every = sorted([*others, *rows], key=lambda row: row.library)
     ROWS.write_text("".join(json.dumps(asdict(row)) + "\n" for row in every))
 
 
 def render() -> None:
     """Write the page from the rows of every library."""
-    rows = read()
+    rows = read_rows()
     refused = sum(row.result == "refused" for row in rows)
     told = sum(row.result not in ("works", "refused") for row in rows)
     libraries = dict.fromkeys(row.library for row in rows)

@@ -425,8 +425,8 @@ def test_the_hardest_pixels_of_a_class_come_first():
     assert reg.split(grid, features).flatten().tolist() == [2, 0, 0, 2, 3, 1, 4]
 
 
-def judged(pixels, *images):
-    found = judge.Judge(torch.tensor(pixels), torch.device("cpu"))
+def judged(shares, *images):
+    found = judge.Judge(torch.tensor(shares).log(), torch.device("cpu"))
     for logits, label in images:
         found.look(logits, label)
     return found.scores()
@@ -437,9 +437,9 @@ def test_a_shift_takes_tau_times_the_log_of_the_share_off_the_logits():
     logits = torch.randn(3, 20, 30, generator=generator)
     label = torch.randint(0, 3, (20, 30), generator=generator)
     label[3] = 255
-    pixels = [70, 20, 10]
-    log_shares = torch.tensor([0.7, 0.2, 0.1]).log()[:, None, None]
-    curve = judged(pixels, (logits, label))["frontier"]
+    shares = [0.7, 0.2, 0.1]
+    log_shares = torch.tensor(shares).log()[:, None, None]
+    curve = judged(shares, (logits, label))["frontier"]
     for tau, accuracy in zip(curve["tau"], curve["aAcc"], strict=True):
         shifted = logits - tau * log_shares
         hit = (shifted.argmax(dim=0) == label)[label != 255].double().mean()
@@ -456,7 +456,7 @@ def test_calibration_is_as_by_hand():
     chances = torch.tensor([[0.8, 0.8, 0.8, 0.4], [0.2, 0.2, 0.2, 0.6]])
     logits = chances.log().view(2, 1, 4).repeat_interleave(judge.EVERY, dim=2)
     label = torch.tensor([[0, 0, 1, 1]]).repeat_interleave(judge.EVERY, dim=1)
-    found = judged([5, 5], (logits, label))["calibration"]
+    found = judged([0.5, 0.5], (logits, label))["calibration"]
     plain = found["temperature"].index(1.0)
     of_0, of_1 = -math.log(0.8), -(math.log(0.2) + math.log(0.6)) / 2
     assert found["nll"][plain] == pytest.approx((of_0 + of_1) / 2, rel=1e-5)
@@ -472,7 +472,7 @@ def test_calibration_is_as_by_hand():
 def test_images_are_dealt_to_two_halves():
     image = torch.tensor([[[9.0, 9.0]], [[0.0, 0.0]]])
     right, wrong = torch.tensor([[0, 0]]), torch.tensor([[1, 1]])
-    found = judged([5, 5], (image, right), (image, wrong), (image, right))
+    found = judged([0.5, 0.5], (image, right), (image, wrong), (image, right))
     first, second = found["frontier"]["halves"]
     assert (first["aAcc"][1], second["aAcc"][1]) == (100, 0)
     assert found["frontier"]["aAcc"][1] == pytest.approx(200 / 3)
@@ -526,6 +526,7 @@ def test_the_table_of_frontiers_has_the_best_first_and_says_what_is_not_reached(
     runs = {"ce": {0: BASE | found, 1: BASE | found}}
     runs["mvsc"] = dict.fromkeys((0, 1), {"frontier": better} | found)
     runs["low"] = {0: {"frontier": lower} | found}
+    runs["unpaired"] = {7: runs["mvsc"][0]}
     rows = report.frontiers(runs).splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| mvsc", "| ce", "| low"]
     assert rows[2].startswith("| mvsc | 2 | +3.00 [+3.00, +3.00] | +3.50")

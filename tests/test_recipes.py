@@ -785,7 +785,8 @@ def test_a_prediction_lies_as_its_image_is_shown(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "predict", "visualize", "ablate", "prepare_data"]
+    "name",
+    ["train", "evaluate", "predict", "visualize", "ablate", "operating_point", "prepare_data"],
 )
 @pytest.mark.slow
 def test_every_script_runs_from_any_folder(name, tmp_path):

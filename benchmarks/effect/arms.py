@@ -19,9 +19,9 @@ import candidates
 import mvsc
 import rivals
 import variants
-from data import IGNORE, SegmentationData, check
-from judge import log_shares
+from data import IGNORE, SegmentationData
 from mvsc.finding import find_classifier
+from prior import class_pixels, log_shares
 from recipes import Recipe
 from train import Criterion, Regularize, cross_entropy, regularize
 
@@ -38,18 +38,6 @@ class Arm:
     longer: bool = False
     """Whether the strength multiplies the steps."""
     strength: float = 1.0
-
-
-def class_pixels(data: SegmentationData) -> Tensor:
-    """Count the labelled pixels of each class.
-
-    Raises:
-        ValueError: if a file of the split cannot be used.
-    """
-    found = check(data)
-    if found.problems:
-        raise ValueError("\n".join(found.problems))
-    return torch.from_numpy(found.pixels[: len(data.classes)]).float()
 
 
 def balanced(strength: float, data: SegmentationData) -> Criterion:
@@ -210,7 +198,7 @@ def ingredients(
                 made = arm.rival(*sizes, arm.strength)
             made.steps = recipe.steps
             if arm.rival is candidates.PriorConsistent:
-                made.log_shares = log_shares(class_pixels(data))
+                made.log_shares = log_shares(data)
         return mvsc.AttachedRegularizer(model, path, made, add_to_loss=False)
 
     return recipe, criterion, regularize_own

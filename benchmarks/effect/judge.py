@@ -1,11 +1,8 @@
 """Judge a segmenter at eight shifts of the prior in one pass, beside its calibration.
 
-A shift takes argmax(z - tau * log share), with the share of each class among the labelled pixels
-of the training images. It is a constant for each class, so it can be folded into the classifier's
-bias, and it commutes with the bilinear upsampling of the logits.
-
-Images are dealt in turn to two halves. What has to be chosen, a tau or a temperature, can then be
-chosen on one half and judged on the other.
+The shifts are those of examples/recipes/curve.py: argmax(z - tau * log share), with the share of
+each class among the labelled pixels of the training images. Calibration is read in both halves of
+the images, too, so that a temperature can be chosen on one and judged on the other.
 """
 
 from typing import Any
@@ -14,57 +11,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from curve import TAUS, Curve, points_of
 from data import IGNORE
-from evaluate import scores
 
-TAUS = (-0.25, 0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 TEMPERATURES = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 BINS = 15  # of the confidence, for the expected calibration error
 EVERY = 4  # Calibration looks at every fourth row and column.
 BAND = 5  # pixels from a border between two labels
 
 
-class Judge:
-    """Counts what the scores are made from, image by image.
+class Judge(Curve):
+    """Counts what the scores are made from, image by image."""
 
-    Args:
-        pixels: labelled pixels of each class in the training images.
-        device: of the logits that it will be shown.
-    """
-
-    def __init__(self, pixels: Tensor, device: torch.device) -> None:
-        classes = len(pixels)
-        self.log_shares = log_shares(pixels).to(device)
-        self.confusions = torch.zeros(2, len(TAUS), classes, classes, dtype=torch.int64)
+    def __init__(self, log_shares: Tensor, device: torch.device) -> None:
+        super().__init__(log_shares, device)
+        classes = len(log_shares)
         self.bands = torch.zeros(len(TAUS), classes, classes, dtype=torch.int64)
         self.losses = torch.zeros(2, len(TEMPERATURES), classes, dtype=torch.float64)
         self.pixels = torch.zeros(2, classes, dtype=torch.float64)
         # Of each bin: pixels, their confidences, their hits.
         self.bins = torch.zeros(2, len(TEMPERATURES), BINS, 3, dtype=torch.float64)
-        self.images = 0
-        self.shifted = torch.empty(0, device=device)  # One piece of memory for all images.
 
     def look(self, logits: Tensor, label: Tensor) -> None:
-        """Count one image: logits ``(classes, height, width)``, label ``(height, width)``."""
-        half = self.images % 2
-        self.images += 1
-        known = label != IGNORE
-        near = near_border(label)
-        if self.shifted.shape != logits.shape:
-            self.shifted = torch.empty_like(logits)
-        for number, tau in enumerate(TAUS):
-            torch.sub(logits, self.log_shares[:, None, None], alpha=tau, out=self.shifted)
-            predicted = self.shifted.max(dim=0).indices
-            self.confusions[half, number] += self.confusion(predicted[known], label[known])
-            self.bands[number] += self.confusion(predicted[near], label[near])
-        label = label[::EVERY, ::EVERY]
-        known = label != IGNORE
-        self.calibrate(half, logits[:, ::EVERY, ::EVERY][:, known], label[known])
+        self.near = near_border(label)
+        few = label[::EVERY, ::EVERY]
+        known = few != IGNORE
+        self.calibrate(self.half, logits[:, ::EVERY, ::EVERY][:, known], few[known])
+        super().look(logits, label)
 
-    def confusion(self, predicted: Tensor, label: Tensor) -> Tensor:
-        classes = len(self.log_shares)
-        counts = torch.bincount(label * classes + predicted, minlength=classes**2)
-        return counts.view(classes, classes).cpu()
+    def count(self, number: int, predicted: Tensor, label: Tensor) -> None:
+        self.bands[number] += self.confusion(predicted[self.near], label[self.near])
 
     def calibrate(self, half: int, logits: Tensor, label: Tensor) -> None:
         classes = len(self.log_shares)
@@ -83,16 +59,11 @@ class Judge:
 
     def scores(self) -> dict[str, Any]:
         """Return the scores at each tau and temperature, of all images and of each half."""
-        names = ("mIoU", "mAcc", "aAcc")
-        whole = [scores(each) for each in self.confusions.sum(dim=0)]
-        frontier: dict[str, Any] = {"tau": TAUS, **{k: [s[k] for s in whole] for k in names}}
-        frontier["boundary_mIoU"] = [scores(each)["mIoU"] for each in self.bands]
+        bands = points_of(self.bands)["mIoU"]
+        frontier = {"tau": TAUS, **self.points(), "boundary_mIoU": bands, "halves": self.halves()}
+        both = [slice(half, half + 1) for half in range(len(frontier["halves"]))]
         calibration = {"temperature": TEMPERATURES, **self.calibration(slice(None))}
-        frontier["halves"], calibration["halves"] = [], []
-        for half in (0, 1) if self.images > 1 else ():
-            found = [scores(each) for each in self.confusions[half]]
-            frontier["halves"].append({k: [s[k] for s in found] for k in names})
-            calibration["halves"].append(self.calibration(slice(half, half + 1)))
+        calibration["halves"] = [self.calibration(half) for half in both]
         return {"frontier": frontier, "calibration": calibration}
 
     def calibration(self, halves: slice) -> dict[str, list[float]]:
@@ -105,11 +76,6 @@ class Judge:
             "balanced_nll": of_class.mean(dim=1).tolist(),
             "ece": (100 * (sure - hit).abs().sum(dim=1) / count.sum(dim=1)).tolist(),
         }
-
-
-def log_shares(pixels: Tensor) -> Tensor:
-    """Return the log of each class's share; a class that never occurs counts as one pixel."""
-    return (pixels.clamp_min(1) / pixels.sum()).log()
 
 
 def near_border(label: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from evaluate import evaluate  # noqa: E402
 from judge import Judge  # noqa: E402
 from measure import machine  # noqa: E402
 from models import Segmenter  # noqa: E402
+from prior import class_pixels, log_shares  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
 from train import Evaluate, read_metrics, train  # noqa: E402
 from weights import write_whole  # noqa: E402
@@ -142,7 +143,7 @@ def keep_classes(settings: Settings) -> None:
     path = settings.results / "classes.json"
     if not path.exists():
         data = open_split("folder", settings.data_root, "train")
-        pixels = arms.class_pixels(data)
+        pixels = class_pixels(data)
         shares = dict(zip(data.classes, (pixels / pixels.sum()).tolist(), strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(rounded(shares), indent=1) + "\n"
@@ -181,7 +182,7 @@ def run(settings: Settings, cell: str) -> None:
     arm = arms.find(name)
     recipe, criterion, regularize = arms.ingredients(arm, recipe, data)
     before = sorted(recipe.folder.glob("last.pt"))
-    found = train(recipe, criterion, regularize, judged(arms.class_pixels(data)))
+    found = train(recipe, criterion, regularize, judged(log_shares(data)))
     lines = [line for line in read_metrics(recipe.folder / "metrics.jsonl") if "loss" in line]
     result = {
         "cell": cell,
@@ -211,7 +212,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def judged(pixels: Tensor) -> Evaluate:
+def judged(log_shares: Tensor) -> Evaluate:
     """Make what stands in for evaluate.evaluate and judges at all shifts in the same pass."""
 
     def judge(
@@ -222,7 +223,7 @@ def judged(pixels: Tensor) -> Evaluate:
         rank: int = 0,
         processes: int = 1,
     ) -> dict[str, Any]:
-        judge = Judge(pixels, device)
+        judge = Judge(log_shares, device)
         result = evaluate(segmenter, data, recipe, device, rank, processes, look=judge.look)
         found = judge.scores()
         plain = found["frontier"]["tau"].index(0.0)

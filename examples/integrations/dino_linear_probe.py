@@ -23,6 +23,7 @@ class LinearProbe(nn.Module):
         self.head = nn.Linear(dim, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Classify each patch."""
         tokens = self.backbone(images).last_hidden_state
         return self.head(tokens[:, self.prefix :])  # without class and register tokens
 

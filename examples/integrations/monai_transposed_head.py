@@ -30,6 +30,7 @@ class WithAuxiliaryHead(nn.Module):
         self.features = args[0]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the model's logits, the features, and the logits of the head."""
         logits, features = self.model(images), self.features
         self.features = None
         return logits, features, self.head(features)

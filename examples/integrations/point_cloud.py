@@ -20,6 +20,7 @@ class PointNet(nn.Module):
         self.classifier = nn.Conv1d(dim, CLASSES, 1)
 
     def forward(self, points: Tensor, padded: Tensor) -> Tensor:
+        """Classify each point; padded ones do not count in the maximum."""
         x = self.local(points)
         cloud = x.masked_fill(padded.unsqueeze(1), -torch.inf).amax(2, keepdim=True)
         return self.classifier(self.mixed(torch.cat([x, cloud.expand_as(x)], dim=1)))

@@ -23,6 +23,7 @@ class WithMVSC:
         self.criterion, self.reg = criterion, reg
 
     def __call__(self, preds: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss to be trained on, and the criterion's own parts to be shown."""
         loss, items = self.criterion(preds, batch)
         if isinstance(preds, tuple) and torch.is_grad_enabled():  # training: (main, auxiliary)
             # Its losses are summed over the batch.
@@ -32,18 +33,12 @@ class WithMVSC:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.criterion  # the averaged model and the checkpoints know nothing of mvsc
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self.criterion,)
-
-
-def _same(criterion: Any) -> Any:
-    return criterion
-
 
 class MVSCTrainer(SemanticSegmentationTrainer):
     """Attaches when the optimizer is built: the model is whole then, and not yet averaged."""
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Build it as ultralytics does, and attach."""
         optimizer = super().build_optimizer(model, *args, **kwargs)
         self.mvsc = mvsc.attach(model, groups=4, ignore_index=255)
         optimizer.add_param_group(self.mvsc.param_group(lr=optimizer.param_groups[0]["lr"]))

@@ -2,9 +2,11 @@
 
     python examples/recipes/evaluate.py runs/NAME/best.safetensors
     python examples/recipes/evaluate.py runs/NAME/best.safetensors --window 512 --stride 340
+    python examples/recipes/evaluate.py runs/NAME/best.safetensors --tau 0.25
 
 Images are fitted into the recipe's scale; logits are brought back to the labels' own size before
-they are judged. There is no test-time augmentation. ``--window`` slides over the resized image.
+they are judged. There is no test-time augmentation. ``--window`` slides over the resized image,
+``--tau`` shifts the prior; operating_point.py chooses it.
 """
 
 import warnings
@@ -26,6 +28,7 @@ from commands import run
 from data import IGNORE, SegmentationData, open_split
 from loading import fit, outlive_interruptions, reading
 from models import Segmenter, build, logits_of
+from prior import log_shares
 from recipes import Recipe
 from weights import load_weights
 
@@ -42,6 +45,8 @@ class Settings:
     """Side of a sliding window; without it the whole image is seen at once."""
     stride: int | None = None
     """Steps of the window; by default two thirds of it."""
+    tau: float = 0.0
+    """Take tau times the log of each class's share in training off the logits (prior.py)."""
     workers: int = 2
     """Processes that load images."""
     device: str = "auto"
@@ -136,11 +141,12 @@ def evaluate(
     window: int | None = None,
     stride: int | None = None,
     look: Callable[[Tensor, Tensor], None] = lambda logits, label: None,
+    shift: Tensor | None = None,
 ) -> dict[str, Any]:
     """Judge the segmenter on all images; processes share them and agree on the result.
 
     ``look`` is shown the logits of each image, ``(num_classes, height, width)``, and its label,
-    int64 ``(height, width)``.
+    int64 ``(height, width)``. ``shift``, one number for each class, is taken off the logits.
 
     Returns:
         ``mIoU``, ``mAcc``, ``aAcc`` in percent, and ``iou``, one number in percent for each
@@ -163,6 +169,8 @@ def evaluate(
         ):
             size = (label.shape[0], label.shape[1])
             logits = logits_at(segmenter, image.to(device), size, recipe.scale, window, stride)
+            if shift is not None:
+                logits = logits - shift.to(device)[:, None, None]
             # As argmax, which takes three times as long over the first dimension on a CPU.
             predicted, label = logits.max(dim=0).indices, label.to(device).long()
             confusion.update(predicted[None], label[None])
@@ -213,9 +221,19 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
     segmenter = build(replace(recipe, pretrained=False), len(classes))
     if "mean" in about:
         segmenter = segmenter._replace(mean=tuple(about["mean"]), std=tuple(about["std"]))
+    for name in set(tensors) - set(segmenter.model.state_dict()):
+        give_bias(segmenter.model, name, tensors[name])
     segmenter.model.load_state_dict(tensors)
     segmenter.model.to(device).eval()
     return segmenter, recipe, classes
+
+
+def give_bias(model: nn.Module, name: str, bias: Tensor) -> None:
+    """Give a layer the bias that operating_point.py has added to its weights."""
+    path, _, kind = name.rpartition(".")
+    layer = dict(model.named_modules()).get(path)
+    if kind == "bias" and "bias" in getattr(layer, "_parameters", {}):
+        layer.bias = nn.Parameter(bias)
 
 
 def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
@@ -232,10 +250,20 @@ def main(settings: Settings) -> None:
     check_window(settings.window, settings.stride)
     segmenter, recipe, classes = load_segmenter(settings.weights, device)
     recipe = replace(recipe, workers=settings.workers)
-    data = open_split(recipe.layout, settings.data_root or recipe.data_root, "val")
+    root = settings.data_root or recipe.data_root
+    data = open_split(recipe.layout, root, "val")
     check_classes(classes, data)
+    shift = None
+    if settings.tau:
+        shift = settings.tau * log_shares(open_split(recipe.layout, root, "train"))
     result = evaluate(
-        segmenter, data, recipe, device, window=settings.window, stride=settings.stride
+        segmenter,
+        data,
+        recipe,
+        device,
+        window=settings.window,
+        stride=settings.stride,
+        shift=shift,
     )
     print_scores(result, data.classes)
 
