@@ -148,7 +148,6 @@ BUGS = [
     ("distributed", "if not torch.equal(_bits(copied), _bits(copies[0])):", "if not torch.equal(copied, copies[0]):", "NaN in every process is taken for drift"),
     ("distributed", '    if not hasattr(parameter, "device_mesh"):', "    if True:", "the initial centroids of a shard are those of the whole"),
     ("kernel", "            total = sums if total is None else total.add_(sums)\n    assert", "            total = sums\n    assert", "a block is lost on a GPU"),
-    ("sampling", "arange(count, device=device) * _signed(_GOLDEN)", "arange(count, device=device) * _GOLDEN", "an integer beyond int64"),
     ("classifier", "n + dilation * (k - 1) for", "n for", "a k x k convolution in a Sequential sees a border of zeros"),
     ("attach", "        if name in _SETTINGS:", "        if False:", "a setting that is set in vain"),
     ("attach", "        if options.get(name, found) != found:", "        if False:", "a single logit, or other classes than the user said, are taken"),

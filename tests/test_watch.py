@@ -364,6 +364,14 @@ def test_a_forgotten_regularizer_is_noticed_once(fused):
     assert len(seen) == 1
 
 
+def test_the_values_of_the_centroids_are_compared_once(monkeypatch):
+    looked = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: looked.append(1) or equal(*pair))
+    idle(lambda parameters: torch.optim.AdamW(parameters, fused=True), steps=350)
+    assert len(looked) == 1
+
+
 # Labels, none of which reaches the grid.
 
 
