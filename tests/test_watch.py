@@ -77,7 +77,7 @@ def step(model, images, labels, **options):
         "square both",
     ],
 )
-@pytest.mark.parametrize("size", [(72, 96), (50, 76), (100, 60)])
+@pytest.mark.parametrize("size", [(72, 96), (50, 76), (100, 60), (48, 72)])
 def test_a_model_that_pads_and_crops_is_told_to_pad_the_labels_too(model, size):
     images, labels = torch.randn(2, 3, *size), torch.randint(0, CLASSES, (2, *size))
     with pytest.warns(UserWarning, match=r"pads.*F\.pad\(labels") as seen:
