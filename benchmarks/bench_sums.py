@@ -14,7 +14,8 @@ is timed on its own, since with more than one group the split has to sort anyway
 
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -465,7 +466,7 @@ def compare(
 
     A way that is wrong or does not run raises if ``strict``, else the table says so.
     """
-    batch, dim, _, classes = shape
+    _, dim, _, classes = shape
     num_cells = GROUPS * classes + 1
     features, labels, generator = a_map(device, shape)
     cells = labels + classes * torch.randint(
@@ -506,20 +507,16 @@ def compare(
     return times | failed
 
 
-class _noted:
+@contextmanager
+def _noted(failed: dict[str, str], name: str, strict: bool) -> Iterator[None]:
     """Keep going over a way that is wrong or does not run, and note why; not if ``strict``."""
-
-    def __init__(self, failed: dict[str, str], name: str, strict: bool) -> None:
-        self.failed, self.name, self.strict = failed, name, strict
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, problem: object, trace: object) -> bool:
-        if self.strict or not isinstance(problem, (AssertionError, RuntimeError)):
-            return False
-        self.failed[self.name] = "wrong" if isinstance(problem, AssertionError) else "fails"
-        print(f"{self.name}: {problem}")
-        return True
+    try:
+        yield
+    except (AssertionError, RuntimeError) as problem:
+        if strict:
+            raise
+        failed[name] = "wrong" if isinstance(problem, AssertionError) else "fails"
+        print(f"{name}: {problem}")
 
 
 def compare_sorts(device: torch.device, shape: tuple[int, int, int, int]) -> dict[str, float]:

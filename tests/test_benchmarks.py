@@ -58,10 +58,11 @@ def cells_of(kind):
     return cells.where((cells > 0) & (cells != 4) & (cells < 6), 2)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls its own sparse tensors a beta
 @pytest.mark.parametrize("kind", ["one cell", "some without pixels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_every_way_gives_the_sums_of_a_loop(sums, layout, dtype, kind, monkeypatch):
+def test_every_way_gives_the_sums_of_a_loop(sums, monkeypatch, layout, dtype, kind):
     monkeypatch.setattr(sums, "_ONE_HOT", 7 * 40)  # products by parts of an image
     cells = cells_of(kind)
     # Whole numbers: float32 adds them exactly, in any order.
@@ -89,6 +90,7 @@ def test_three_parts_are_the_float32_they_were_cut_from(sums):
     torch.testing.assert_close(exact, values.double(), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_a_sum_that_is_not_repeatable_is_found_out(sums, monkeypatch):
     def noisy(features, cells, num_cells):
         return sums.index_add_rows(features, cells, num_cells) + 1e-6 * torch.rand(1)
@@ -100,6 +102,7 @@ def test_a_sum_that_is_not_repeatable_is_found_out(sums, monkeypatch):
         sums.compare(torch.device("cpu"), (2, 8, 8, 3), "contiguous", torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_a_way_that_a_device_lacks_is_a_word_in_the_table_and_never_wins(sums, monkeypatch):
     def lacking(*arguments):
         raise NotImplementedError("not here")
