@@ -7,14 +7,14 @@ the model notices: neither its hooks nor its buffers see the centroids.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from mvsc import checks
+from mvsc import checks, distributed
 
 Classifier = nn.Module | Callable[[Tensor], Tensor]
 
@@ -75,7 +75,7 @@ def reads_axes(classifier: object) -> int | None:
 def is_sharded(module: object) -> bool:
     """Return whether a module's weight is spread over processes (FSDP2, tensor parallel, ZeRO-3).
 
-    Its hooks gather the weight, and average its gradient, so it has to be called.
+    What its hooks do must not be left out.
     """
     # Not module.weight: where spectral_norm computes it, to ask is a power iteration.
     own = getattr(module, "_parameters", {}).values()
@@ -174,11 +174,11 @@ def classify_vectors(
         torch.Size([5, 3])
     """
     if _is_plain(classifier):
-        weight = classifier.weight
+        weight, bias = _whole(classifier.weight), _whole(classifier.bias)
         # A wide kernel is summed: the convolution itself would pad the vector with zeros and
         # leave only the centre tap.
         weight = weight.flatten(2).sum(dim=2) if weight.ndim > 2 else weight
-        logits = F.linear(vectors.to(weight.dtype), weight, classifier.bias)
+        logits = F.linear(vectors.to(weight.dtype), weight, bias)
     else:
         logits = _call(classifier, vectors, num_classes, axes)
     logits = logits.reshape(len(vectors), -1).to(vectors.dtype)
@@ -217,12 +217,27 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     # The compiler cannot ask an instance for its own forward.
     own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
     plain = type(classifier).forward in forwards and not own and _stores_weights(classifier)
-    return plain and not is_sharded(classifier)
+    return plain and not _gathers_by_itself(classifier)
 
 
 def _stores_weights(layer: nn.Module) -> bool:
     """Return whether neither weight nor bias is what a hook or a property has computed."""
     return {"weight", "bias"} <= layer._parameters.keys()
+
+
+def _gathers_by_itself(classifier: nn.Module) -> bool:
+    """Return whether a layer is sharded, and gathers its weights when it is called.
+
+    So ZeRO-3's, and one to which FSDP2 was applied alone, which has a class of its own. Those of a
+    whole that FSDP2 shards are gathered by the model's forward only, which is over.
+    """
+    if not is_sharded(classifier):
+        return False
+    return hasattr(classifier.weight, "ds_id") or type(classifier) not in get_args(PixelLinear)
+
+
+def _whole(parameter: Any) -> Any:
+    return distributed.gather(parameter) if hasattr(parameter, "full_tensor") else parameter
 
 
 def _reach(classifier: Classifier, axes: int) -> list[int]:

@@ -68,6 +68,15 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return placed
 
 
+def gather(parameter: Any) -> Tensor:
+    """Return the whole of a DTensor; its gradient is averaged over the processes that hold it."""
+    from torch.distributed.tensor import Partial
+
+    average = [Partial("avg")] * parameter.device_mesh.ndim
+    whole: Tensor = parameter.full_tensor(grad_placements=average)
+    return whole
+
+
 def assert_in_sync(regularizer: nn.Module) -> None:
     """Raise if a regularizer is not bitwise the same on every process.
 
@@ -97,6 +106,7 @@ def assert_in_sync(regularizer: nn.Module) -> None:
                 f"{theirs} on rank {other}. Build it with the same sizes everywhere."
             )
     for name, tensor in state.items():
+        tensor = tensor.to(next(iter(state.values())).device)  # An optimizer counts on the CPU.
         if hasattr(tensor, "full_tensor"):  # Sharded by FSDP2.
             tensor = tensor.full_tensor()
         copies = [torch.empty_like(tensor) for _ in range(world_size(group))]

@@ -30,9 +30,13 @@ from mvsc.sampling import (
     labels_on_grid,
     stream_key,
 )
+from mvsc.stepping import MakeOptimizer, Stepper
 from mvsc.watch import Watch
 
 __all__ = ["CellMeans", "Classifier", "MVSCRegularizer"]
+
+_OPTIMIZER = "optimizer."
+"""What the names of the state of an optimizer of their own begin with."""
 
 
 class CellMeans(NamedTuple):
@@ -83,12 +87,18 @@ class MVSCRegularizer(nn.Module):
         sync_means: whether the means of Eq. (1) are taken over the pixels of all processes: then
             the loss is that of the concatenated batch. The paper's are each process's own (R18).
         process_group: the processes to communicate with; all of them by default.
+        optimizer: whose the centroids are. ``"host"``: that of the model, which has to be given
+            them. ``"own"``, for engines that take the model's optimizer apart (DeepSpeed, FSDP2):
+            an AdamW inside, which steps when the model's optimizer has stepped, at the learning
+            rate of its last group; or a callable that makes another one of a list of tensors, as
+            ``functools.partial(torch.optim.SGD, lr=0.01)``. Then the centroids are no parameter,
+            and neither a factor on the loss nor clipping reaches them; see docs/engines.md.
 
     Attributes:
         centroids: V, parameter of shape ``(groups, num_classes, dim)``, initially normal with
             standard deviation ``sqrt(2 / dim)`` (R16).
-        step: int64 scalar buffer, the number of training steps taken; with ``centroids`` it is
-            the whole state.
+        step: int64 scalar buffer, the number of training steps taken; with ``centroids``, and
+            what an optimizer of their own keeps, it is the whole state.
 
     Raises:
         TypeError: if a size is not an int or a weight not a number.
@@ -105,6 +115,7 @@ class MVSCRegularizer(nn.Module):
         (torch.Size([]), torch.Size([2, 3, 8]))
     """
 
+    centroids: Tensor
     step: Tensor
     invalid_count: Tensor
 
@@ -126,6 +137,7 @@ class MVSCRegularizer(nn.Module):
         sync: Literal["auto", False] = "auto",
         sync_means: bool = False,
         process_group: Any = None,
+        optimizer: Literal["host", "own"] | MakeOptimizer = "host",
     ) -> None:
         super().__init__()
         sizes = {"num_classes": num_classes, "dim": dim, "groups": groups}
@@ -169,7 +181,14 @@ class MVSCRegularizer(nn.Module):
         self.sync = sync
         self.sync_means = sync_means
         self.process_group = process_group
-        self.centroids = nn.Parameter(torch.empty(groups, num_classes, dim, dtype=torch.float32))
+        centroids = torch.empty(groups, num_classes, dim, dtype=torch.float32)
+        self._stepper = None if optimizer == "host" else Stepper(optimizer)
+        if self._stepper is None:
+            self.centroids = nn.Parameter(centroids)
+        else:
+            # No parameter: whoever wraps, shards or casts a model around it sees nothing.
+            self.register_buffer("centroids", centroids)
+            self._follow()
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         # Labels out of range that were met on a device, where they cannot raise.
         self.register_buffer("invalid_count", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -282,7 +301,8 @@ class MVSCRegularizer(nn.Module):
         Returns:
             Scalar, what :meth:`forward` would have returned for the same draws.
         """
-        return equations.weighted_sum(terms, self._weights())
+        total = equations.weighted_sum(terms, self._weights())
+        return total if self._stepper is None else self._stepper.weigh(total)
 
     def param_group(self, **overrides: Any) -> dict[str, Any]:
         """Return the centroids as a parameter group for the optimizer, without weight decay.
@@ -296,11 +316,19 @@ class MVSCRegularizer(nn.Module):
         Returns:
             A group for ``optimizer.add_param_group`` or an optimizer's constructor.
 
+        Raises:
+            ValueError: if the centroids have an optimizer of their own.
+
         Example:
             >>> reg = MVSCRegularizer(num_classes=3, dim=8)
             >>> reg.param_group(lr=6e-4)["weight_decay"]
             0.0
         """
+        if self._stepper is not None:
+            raise ValueError(
+                'optimizer must be "host" for param_group(), got another: the centroids have an '
+                "optimizer of their own. Leave the line out."
+            )
         return {"params": [self.centroids], "weight_decay": 0.0, **overrides}
 
     def extra_repr(self) -> str:
@@ -447,7 +475,7 @@ class MVSCRegularizer(nn.Module):
         if self.training and not torch.compiler.is_compiling():
             centroids = self._watch.notice_kept_gradient(centroids)
         centroids = centroids.to(dtype)
-        if self.sync == "auto":
+        if self.sync == "auto" and self._stepper is None:
             centroids = distributed.average_gradient(centroids, self.process_group)
         return centroids
 
@@ -513,7 +541,9 @@ class MVSCRegularizer(nn.Module):
             _count_step(self.step)
         elif not _replaying():
             self.step += 1
-            self._watch.notice_idle_centroids(self.centroids)
+            self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
+            if self._stepper is not None:
+                self._stepper.forget_overflow(self.centroids)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
         # FSDP2's mixed precision hands out the centroids in half precision, too.
@@ -528,13 +558,27 @@ class MVSCRegularizer(nn.Module):
         """
         kept, grad = self.centroids.data, self.centroids.grad
         kept_grad = None if grad is None else grad.data
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.centroids.data
         if _is_half(moved):
             self.centroids.data = kept.to(moved.device)
             if kept_grad is not None:
                 self.centroids.grad = kept_grad.to(moved.device)
+        self._follow()
         return self
+
+    def _follow(self) -> None:
+        """Go on with an optimizer of their own, if they have one, after the tensors changed."""
+        if self._stepper is not None:
+            # A buffer that was moved, copied or assigned is no leaf, or has another's gradient.
+            self.centroids = self.centroids.detach().requires_grad_()
+            self._stepper.follow(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, value in {} if self._stepper is None else self._stepper.state.items():
+            destination[f"{prefix}{_OPTIMIZER}{name}"] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as any module, but a state in half precision as float32, with assign=True too."""
@@ -547,15 +591,24 @@ class MVSCRegularizer(nn.Module):
             )
             return
         self._watch.forget_values()
+        if self._stepper is not None:
+            mine = f"{prefix}{_OPTIMIZER}"
+            names = [name for name in state_dict if name.startswith(mine)]
+            self._stepper.state = {n.removeprefix(mine): state_dict.pop(n) for n in names}
         super()._load_from_state_dict(state_dict, prefix, *args)
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
+        self._follow()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MVSCRegularizer":
         # A process group cannot be copied; the copy communicates with the same processes.
         memo[id(self.process_group)] = self.process_group
         memo[id(self)] = copied = self.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
 

@@ -171,6 +171,8 @@ class Tap:
         features, classifier = self._take(), self.classifier
         if self.padded is not None and isinstance(labels, Tensor):
             self.watch.notice_padding(*self.padded, tuple(labels.shape[1:]))
+        if hasattr(features, "full_tensor"):
+            features = features.full_tensor()  # of a classifier that tensor parallelism has split
         options["channels_last"] = reads_rows(classifier)
         self.working = True  # The call may ask the classifier too: that is no forward.
         try:

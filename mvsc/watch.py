@@ -26,6 +26,14 @@ _FEW = 8
 _IDLE_STEPS = 100
 """Steps without a change after which the centroids count as forgotten by the optimizer."""
 
+_NOT_IN_OPTIMIZER = (
+    "the optimizer does not know them. Add optimizer.add_param_group(reg.param_group())."
+)
+_NO_OTHER_STEPPED = (
+    "their own optimizer steps after the model's, and no torch.optim.Optimizer has stepped. "
+    'Use optimizer="host" with one that is none.'
+)
+
 
 def warn(message: str) -> None:
     """Warn at the line outside of mvsc and torch that led here."""
@@ -116,7 +124,7 @@ class Watch:
             "strokes.",
         )
 
-    def notice_idle_centroids(self, centroids: Tensor) -> None:
+    def notice_idle_centroids(self, centroids: Tensor, own: bool = False) -> None:
         """Warn if no optimizer moves the centroids, though they have a gradient."""
         # An optimizer changes the tensor, which autograd counts, and clears its gradient.
         version = centroids._version
@@ -133,9 +141,8 @@ class Watch:
                 self.say(
                     "idle",
                     f"the centroids have a gradient but have not changed in {_IDLE_STEPS} steps: "
-                    "the optimizer does not know them. Add "
-                    "optimizer.add_param_group(reg.param_group()). (If it does, then gradients "
-                    "are accumulated for longer than that.)",
+                    f"{_NO_OTHER_STEPPED if own else _NOT_IN_OPTIMIZER} (If all is right, then "
+                    "gradients are accumulated for longer than that.)",
                 )
             self.said.add("idle")
             self.values_seen = None

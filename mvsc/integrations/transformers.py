@@ -30,7 +30,8 @@ def attach_to_trainer(
     decay; each checkpoint holds them in a file of their own, ``mvsc.pt``, from which a resumed
     training goes on. The model's files stay what they were. Works under torchrun (DDP), and with
     accumulated gradients: over the parts of a step the loss is averaged, also for a model whose
-    own loss the Trainer adds up.
+    own loss the Trainer adds up. With FSDP2 and DeepSpeed the centroids get an optimizer of their
+    own, see :class:`mvsc.MVSCRegularizer`.
 
     Args:
         trainer: the Trainer, with its model on its device.
@@ -42,14 +43,22 @@ def attach_to_trainer(
         The regularizer.
 
     Raises:
-        ValueError: if the Trainer shards its model, makes it in ``train``, keeps the labels from
-            it, or came with a scheduler of its own.
+        ValueError: if the Trainer shards its model by FSDP1, makes it in ``train``, keeps the
+            labels from it, or came with a scheduler of its own.
     """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2:
         raise ValueError(
-            "trainer must not use FSDP or DeepSpeed, which would not know the centroids. "
-            "Use DistributedDataParallel (torchrun)."
+            "trainer must shard its model by FSDP2, got FSDP1, whose classifier has no weights "
+            'outside of forward. Use fsdp_config={"version": 2}.'
         )
+    if fsdp is not None or trainer.is_deepspeed_enabled:
+        options = {"optimizer": "own"} | options
+        if options["optimizer"] == "host":
+            raise ValueError(
+                'optimizer must be "own" with FSDP and DeepSpeed, whose optimizer takes the '
+                'parameters of the model only, got "host". Leave it out.'
+            )
     if trainer.model_init is not None:
         raise ValueError(
             "trainer must have its model already, since train() makes another one with "
@@ -62,10 +71,12 @@ def attach_to_trainer(
             "compute_loss_func the model gets no labels. Use add_to_loss=False, and add "
             "reg(labels) in a compute_loss of your own."
         )
-    if trainer.lr_scheduler is not None:
+    own = options.get("optimizer", "host") != "host"
+    if trainer.lr_scheduler is not None and not own:
         raise ValueError(
             "trainer must make its scheduler itself, since one that exists does not know the "
-            "centroids. Pass optimizers=(optimizer, None), and attach before train()."
+            "centroids. Pass optimizers=(optimizer, None), and attach before train(), or use "
+            'optimizer="own".'
         )
     model = cast(nn.Module, trainer.model)
     reg = attach(model, **options)
@@ -73,7 +84,8 @@ def attach_to_trainer(
         share = _Share(trainer)
         AddToLoss(reg._tap, reg.regularizer, share).open(model)
         share.open(model, reg)
-    create_optimizer, load_checkpoint = trainer.create_optimizer, trainer._load_from_checkpoint
+    create_optimizer = trainer.create_optimizer
+    load_checkpoint = trainer._load_optimizer_and_scheduler
 
     def create_optimizer_with_centroids(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = create_optimizer(*args, **kwargs)
@@ -82,8 +94,10 @@ def attach_to_trainer(
             optimizer.add_param_group(reg.param_group())
         return optimizer
 
-    def load_checkpoint_with_centroids(checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        load_checkpoint(checkpoint, *args, **kwargs)
+    def load_checkpoint_with_centroids(checkpoint: str | None) -> None:
+        load_checkpoint(checkpoint)
+        if checkpoint is None:
+            return
         file = Path(checkpoint) / FILE_NAME
         if not file.exists():
             raise FileNotFoundError(
@@ -93,8 +107,9 @@ def attach_to_trainer(
         reg.load_state_dict(torch.load(file, weights_only=True))
 
     # The methods that a subclass would override.
-    trainer.create_optimizer = create_optimizer_with_centroids  # type: ignore[method-assign, unused-ignore]
-    trainer._load_from_checkpoint = load_checkpoint_with_centroids  # type: ignore[method-assign, unused-ignore]
+    if not own:
+        trainer.create_optimizer = create_optimizer_with_centroids  # type: ignore[method-assign, unused-ignore]
+    trainer._load_optimizer_and_scheduler = load_checkpoint_with_centroids  # type: ignore[method-assign, unused-ignore]
     trainer.add_callback(_Centroids(reg))
     return reg
 

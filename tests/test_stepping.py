@@ -1,0 +1,344 @@
+"""Centroids with an optimizer of their own, in one process, against those in the model's."""
+
+import copy
+import functools
+import io
+import pickle
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from mvsc import MVSCRegularizer, attach
+
+CLASSES, DIM = 5, 8
+SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.0)
+
+
+def segmenter():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, DIM, 3, padding=1), nn.Tanh(), nn.Conv2d(DIM, CLASSES, 1))
+
+
+def batch(number):
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(2, 3, 8, 8, generator=generator)
+    return images, torch.randint(0, CLASSES, (2, 8, 8), generator=generator)
+
+
+class Run:
+    """A training of one's own: the centroids in the model's optimizer, or with their own."""
+
+    def __init__(self, optimizer="host", make=ADAMW, accumulate=1):
+        self.model = segmenter()
+        self.reg = attach(self.model, classifier="2", optimizer=optimizer)
+        self.optimizer = make(self.model.parameters())
+        if optimizer == "host":
+            self.optimizer.add_param_group(self.reg.param_group())
+        self.accumulate, self.steps = accumulate, 0
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def loss(self, number, factor=1.0):
+        images, labels = batch(number)
+        return factor * (F.cross_entropy(self.model(images), labels) + self.reg(labels))
+
+    def step(self, factor=1.0):
+        self.optimizer.zero_grad()
+        for part in range(self.accumulate):
+            loss = self.loss(10 * self.steps + part, factor / self.accumulate)
+            self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.steps += 1
+
+    def train(self, steps):
+        for _ in range(steps):
+            self.step()
+        return self
+
+    @property
+    def tensors(self):
+        return self.reg.regularizer.centroids.detach(), self.model[0].weight.detach()
+
+
+def assert_same(run, other, **tolerance):
+    assert_close(run.tensors, other.tensors, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# As in the model's optimizer.
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_own_centroids_go_where_those_in_the_model_s_optimizer_go(make, accumulate):
+    host = Run("host", make, accumulate).train(4)
+    assert_same(Run(make, make, accumulate).train(4), host, rtol=1e-6, atol=1e-7)
+
+
+def test_own_is_adamw_without_decay_at_the_rate_of_the_last_group():
+    rates = [0.5, 0.01]
+
+    def make(parameters):
+        first, *rest = parameters
+        groups = [{"params": [first], "lr": rates[0]}, {"params": rest, "lr": rates[1]}]
+        return torch.optim.AdamW(groups, weight_decay=0.3)
+
+    host, own = Run("host", make), Run("own", make)
+    host.optimizer.param_groups[-1]["lr"] = rates[1]
+    assert host.optimizer.param_groups[-1]["weight_decay"] == 0
+    assert_same(own.train(4), host.train(4))
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW])
+@pytest.mark.parametrize("scheduler", ["StepLR", "LinearLR", "OneCycleLR"])
+def test_own_centroids_follow_any_schedule_of_the_model_s_optimizer(make, scheduler):
+    schedules = torch.optim.lr_scheduler
+    runs = [Run("host", make), Run(make, make)]
+    if make is ADAMW:
+        runs.append(Run("own", make))
+    for run in runs:
+        if scheduler == "StepLR":
+            schedule = schedules.StepLR(run.optimizer, 2, 0.5)
+        elif scheduler == "LinearLR":
+            schedule = schedules.LinearLR(run.optimizer, 0.1, total_iters=3)
+        else:
+            rate = run.optimizer.param_groups[0]["lr"]
+            schedule = schedules.OneCycleLR(run.optimizer, 25 * rate, 6, cycle_momentum=False)
+        for _ in range(5):
+            run.step()
+            schedule.step()
+    for run in runs[1:]:
+        assert_same(run, runs[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("make", [SGD, ADAMW])
+def test_a_loss_scale_and_a_step_that_overflows_leave_no_trace(make, accumulate):
+    runs = [Run("host", make, accumulate), Run(make, make, accumulate)]
+    for run in runs:
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        run.train(2).step(factor=torch.inf)
+        run.train(2)
+    assert runs[1].scaler.get_scale() < 2.0**12
+    assert_same(runs[1], runs[0], rtol=1e-6, atol=1e-7)
+
+
+def test_a_factor_on_the_loss_does_not_reach_own_centroids():
+    plain, halved = Run(SGD, SGD), Run(SGD, SGD)
+    plain.step()
+    halved.step(0.5)
+    assert_close(halved.tensors[0], plain.tensors[0], rtol=0, atol=0)
+    assert not torch.equal(halved.tensors[1], plain.tensors[1])
+
+
+def test_the_loss_is_bitwise_that_of_centroids_in_the_model_s_optimizer():
+    assert_close(Run("own").loss(0), Run("host").loss(0), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_regularizer_trains_own_centroids_as_an_eager_one():
+    runs = [Run("host", SGD), Run(SGD, SGD)]
+    torch.compiler.reset()
+    for run in runs:
+        call = torch.compile(run.reg.regularizer, fullgraph=True, backend="aot_eager")
+        for number in range(3):
+            images, labels = batch(number)
+            features = run.model[:2](images)
+            logits = run.model[2](features)
+            run.optimizer.zero_grad()
+            (F.cross_entropy(logits, labels) + call(features, labels, run.model[2])).backward()
+            run.optimizer.step()
+    assert_same(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+# State.
+
+
+@pytest.mark.parametrize("optimizer", ["own", SGD, ADAMW], ids=["own", "SGD", "AdamW"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(optimizer, assign):
+    make = SGD if optimizer is SGD else ADAMW
+    whole = Run(optimizer, make).train(3)
+    file = io.BytesIO()
+    states = [each.state_dict() for each in (whole.model, whole.optimizer, whole.reg)]
+    torch.save(states, file)
+    whole.train(3)
+    file.seek(0)
+    resumed = Run(optimizer, make)
+    saved = torch.load(file, weights_only=True)
+    resumed.model.load_state_dict(saved[0])
+    resumed.optimizer.load_state_dict(saved[1])
+    resumed.reg.load_state_dict(saved[2], assign=assign)
+    resumed.steps = 3
+    assert_same(resumed.train(3), whole)
+
+
+def test_a_checkpoint_that_is_loaded_in_place_finds_the_moments_before_the_first_step(tmp_path):
+    import torch.distributed.checkpoint as checkpoint
+
+    whole = Run("own").train(2)
+    saved = {"model": whole.model.state_dict(), "mvsc": whole.reg.state_dict()}
+    saved["optimizer"] = whole.optimizer.state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single process
+        checkpoint.save({"mvsc": saved["mvsc"]}, checkpoint_id=tmp_path)
+        resumed = Run("own")
+        found = {"mvsc": resumed.reg.state_dict()}
+        assert found["mvsc"].keys() == saved["mvsc"].keys()
+        checkpoint.load(found, checkpoint_id=tmp_path)
+    resumed.reg.load_state_dict(found["mvsc"])
+    resumed.model.load_state_dict(saved["model"])
+    resumed.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    resumed.steps = 2
+    assert_same(resumed.train(2), whole.train(2))
+
+
+def test_the_state_is_that_of_other_centroids_and_the_moments():
+    own, host = Run("own"), Run("host")
+    moments = {f"regularizer.optimizer.{name}" for name in ("step", "exp_avg", "exp_avg_sq")}
+    assert own.reg.state_dict().keys() - host.reg.state_dict().keys() == moments
+    # Begun in the model's optimizer, gone on with one of their own: only the moments are new.
+    own.reg.load_state_dict(host.train(2).reg.state_dict())
+    assert_close(own.tensors[0], host.tensors[0], rtol=0, atol=0)
+    assert own.reg.state_dict()["regularizer.optimizer.step"] == 0
+    with pytest.raises(RuntimeError, match="Unexpected key.*regularizer.optimizer.step"):
+        host.reg.load_state_dict(own.reg.state_dict())
+
+
+def test_no_parameter_is_left_and_half_precision_leaves_centroids_and_moments_alone():
+    run = Run("own").train(1)
+    assert list(run.reg.parameters()) == []
+    reg = run.reg.regularizer
+    before = {name: value.clone() for name, value in reg.state_dict().items()}
+    assert_close(dict(reg.half().state_dict()), before, rtol=0, atol=0)
+    reg.double()
+    assert {v.dtype for n, v in reg.state_dict().items() if not n.endswith("step")} == {
+        torch.float64
+    }
+
+
+def explicit_step(reg, make=ADAMW):
+    """Take one step of a regularizer that is attached to nothing; return whether it moved."""
+    model, before = segmenter(), reg.centroids.detach().clone()
+    images, labels = batch(0)
+    optimizer = make(model.parameters())
+    (reg(model[:2](images), labels, model[2])).backward()
+    optimizer.step()
+    return not torch.equal(before, reg.centroids)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda reg: pickle.loads(pickle.dumps(reg))])
+def test_a_copy_steps_by_itself_and_as_the_original_would(copied):
+    reg = MVSCRegularizer(CLASSES, DIM, optimizer=SGD)
+    assert explicit_step(reg)
+    model, optimizer = segmenter(), ADAMW(segmenter().parameters())
+    images, labels = batch(1)
+    reg(model[:2](images), labels, model[2]).backward()
+    other = copied(reg)
+    before = other.centroids.detach().clone()
+    optimizer.param_groups[0]["params"][0].grad = None
+    optimizer.step()
+    # The gradient was the original's, and so is the step.
+    assert_close(other.centroids.detach(), before, rtol=0, atol=0)
+    assert not torch.equal(reg.centroids, before)
+    again = copied(reg)
+    assert explicit_step(reg)
+    assert explicit_step(again)
+    assert_close(dict(again.state_dict()), dict(reg.state_dict()), rtol=0, atol=0)
+
+
+def test_a_regularizer_that_is_gone_is_followed_no_longer():
+    import weakref
+
+    from mvsc import stepping
+
+    reg = MVSCRegularizer(CLASSES, DIM, optimizer="own")
+    assert reg in stepping._steppers
+    gone = weakref.ref(reg)
+    del reg
+    assert gone() is None
+
+
+# Beside others.
+
+
+def test_two_regularizers_step_along_their_own_gradients_only():
+    alone, pair = Run(SGD, SGD), [Run(SGD, SGD), Run(ADAMW, SGD)]
+    for run in [alone, *pair]:
+        run.optimizer.zero_grad()
+    alone.loss(0).backward()
+    for run in pair:
+        run.loss(0).backward()
+    alone.optimizer.step()
+    pair[0].optimizer.step()
+    assert_close(pair[0].tensors[0], alone.tensors[0], rtol=0, atol=0)
+    moved = pair[1].tensors[0].clone()
+    pair[1].optimizer.step()  # No backward since: nothing to follow.
+    assert_close(pair[1].tensors[0], moved, rtol=0, atol=0)
+
+
+def test_an_optimizer_that_steps_without_a_backward_of_the_regularizer_moves_nothing():
+    run = Run("own")
+    before = run.tensors[0].clone()
+    other = nn.Linear(2, 2)
+    optimizer = SGD(other.parameters())
+    other(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert_close(run.tensors[0], before, rtol=0, atol=0)
+
+
+def test_evaluation_moves_nothing():
+    run = Run("own").train(1)
+    before = run.tensors[0].clone()
+    run.model.eval()
+    with torch.no_grad():
+        run.model(batch(0)[0])
+    run.optimizer.step()
+    assert_close(run.tensors[0], before, rtol=0, atol=0)
+
+
+def test_own_centroids_are_neither_idle_nor_do_they_keep_a_gradient():
+    run = Run("own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(110):
+            run.optimizer.zero_grad()
+            run.loss(0).backward()
+            run.optimizer.step()
+            run.model.zero_grad()
+
+
+def test_own_centroids_whose_model_no_torch_optimizer_steps_are_told_so():
+    run = Run("own")
+    with pytest.warns(UserWarning, match="no torch.optim.Optimizer has stepped") as caught:
+        [run.loss(0).backward() for _ in range(101)]
+    assert len(caught) == 1
+
+
+# What cannot be.
+
+
+def test_centroids_with_an_optimizer_of_their_own_are_no_group_for_another():
+    message = "have an optimizer of their own. Leave the line out."
+    with pytest.raises(ValueError, match=message):
+        Run("own").reg.param_group()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "came"),
+    [
+        ("adam", "got str 'adam'"),
+        (torch.optim.SGD(nn.Linear(1, 1).parameters()), "got SGD"),
+        (None, "got None"),
+        (lambda tensors: tensors, "got list"),
+    ],
+)
+def test_what_makes_no_optimizer_is_refused(optimizer, came):
+    with pytest.raises(TypeError, match="functools.partial") as caught:
+        MVSCRegularizer(CLASSES, DIM, optimizer=optimizer)
+    assert re.search(came, str(caught.value)), caught.value
