@@ -21,7 +21,7 @@ from torchvision.models.segmentation import deeplabv3_resnet50
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from measure import command_line, medians, write
-from mvsc import MVSCRegularizer, segment_mean
+from mvsc import MVSCRegularizer, attach, segment_mean
 from mvsc.sampling import draw_groups, labels_on_grid, stream_key
 
 CLASSES, IGNORE = 171, 255
@@ -110,11 +110,9 @@ def step(
     """Time one model's step and, on its features, each term alone; one row for each."""
     device = images.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)
-    seen: list[Tensor] = []
-    hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    model(images)
-    hook.remove()
-    features = seen[0].requires_grad_()
+    with attach(model, classifier=classifier) as reg:
+        model(images)
+        features = reg.features.requires_grad_()
     dim = features.shape[1]
     terms: dict[str, Term] = {
         "mvsc": MVSCRegularizer(CLASSES, dim).to(device),

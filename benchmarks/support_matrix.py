@@ -5,8 +5,8 @@
     python benchmarks/support_matrix.py --render        # only write the page again
 
 Models (`support_cases.py`) are built from their configuration with random weights; nothing is
-downloaded. A run replaces the rows of its libraries in `benchmarks/support_matrix.jsonl`, one line
-a model, and writes `docs/support_matrix.md`, so a library may live in an environment of
+downloaded. A run replaces the rows of its libraries in `benchmarks/results/support_matrix.jsonl`,
+one line a model, and writes `docs/support_matrix.md`, so a library may live in an environment of
 its own. A row works only if
 
 - attach, or what its refusal says to write, took the right layer, and so did `example=`;
@@ -38,7 +38,7 @@ from mvsc.classifier import base_of, widths
 from mvsc.finding import find_classifier
 from support_cases import CLASSES, LIBRARIES, Case
 
-ROWS = Path(__file__).with_suffix(".jsonl")
+ROWS = Path(__file__).parent / "results" / "support_matrix.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "support_matrix.md"
 NAMED = re.compile(r'mvsc\.attach\(model, classifier="(.+?)"\)')
 

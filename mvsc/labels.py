@@ -111,9 +111,11 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
     if labels.ndim == axes + 2 and not (_may_be_indices(labels) and 3 not in (shape[1], shape[-1])):
         return _of_channels(labels)
     if features is not None and labels.ndim == 2 < axes + 1 and shape[0] == features.shape[0]:
+        # As many as the features have places? Else a single image, of a batch of one.
         grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
-        sizes = grid or ("(height, width)" if axes == 2 else "(depth, height, width)")
-        return _of_values(labels, f"labels.unflatten(1, {sizes})")
+        if grid or shape[0] > 1 or labels.ndim != axes:
+            sizes = grid or ("(height, width)" if axes == 2 else "(depth, height, width)")
+            return _of_values(labels, f"labels.unflatten(1, {sizes})")
     if labels.ndim == axes and (features is None or features.shape[0] == 1):
         return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if features is not None and labels.ndim == axes and shape[0] == features.shape[0]:

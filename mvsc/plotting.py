@@ -216,9 +216,11 @@ def _check_labels(labels: object, shape: tuple[int, ...]) -> None:
             "Use argmax over the classes for logits, or .long()."
         )
     if tuple(labels.shape) != shape:
+        middle = len(labels) // 2 if labels.ndim == 3 else None
+        of_volume = "" if middle is None else f" For a slice of a volume, labels[{middle}]."
         raise ValueError(
             f"labels must have shape {shape}, got {tuple(labels.shape)}. "
-            "Resize or index it to the image."
+            f"Resize or index it to the image.{of_volume}"
         )
 
 

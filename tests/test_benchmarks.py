@@ -12,7 +12,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-NAMES = ("segment_mean", "sums", "step", "scaling", "compile", "import", "loader")
+NAMES = ("segment_mean", "sums", "step", "shapes", "scaling", "compile", "import", "loader")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,6 +25,14 @@ def test_quick_mode_runs_and_writes_nothing(name, monkeypatch, tmp_path):
     before = set(BENCHMARKS.glob("results/*"))
     runpy.run_path(str(BENCHMARKS / f"bench_{name}.py"), run_name="__main__")
     assert set(BENCHMARKS.glob("results/*")) == before
+
+
+def test_volumes_are_trained_with_and_without(monkeypatch, capsys):
+    pytest.importorskip("monai")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--device", "cpu"])
+    runpy.run_path(str(BENCHMARKS / "train_volumes.py"), run_name="__main__")
+    assert "mIoU with MVSC" in capsys.readouterr().out
 
 
 def test_a_way_that_is_wrong_is_found_before_it_is_timed(monkeypatch):

@@ -526,6 +526,7 @@ def test_the_table_of_frontiers_has_the_best_first_and_says_what_is_not_reached(
     runs = {"ce": {0: BASE | found, 1: BASE | found}}
     runs["mvsc"] = dict.fromkeys((0, 1), {"frontier": better} | found)
     runs["low"] = {0: {"frontier": lower} | found}
+    runs["unpaired"] = {7: runs["mvsc"][0]}
     rows = report.frontiers(runs).splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| mvsc", "| ce", "| low"]
     assert rows[2].startswith("| mvsc | 2 | +3.00 [+3.00, +3.00] | +3.50")

@@ -371,6 +371,7 @@ def test_plotting_is_of_two_axes_and_says_so():
 
     ax, centroids = Figure().subplots(), torch.randn(GROUPS, CLASSES, DIM)
     image, volume = torch.rand(3, 8, 8), torch.randn(1, DIM, 5, 4, 4)
+    labels = torch.randint(0, CLASSES, (1, 5, 8, 8))
     with pytest.raises(ValueError, match=r"Draw a slice of a volume: features\[:, :, 2\]."):
         heatmaps(image, volume, centroids, [0])
     heatmaps(image, volume[:, :, 2], centroids, [0])
@@ -380,6 +381,9 @@ def test_plotting_is_of_two_axes_and_says_so():
     with pytest.raises(ValueError, match=r"and a slice of a volume: cosines\[0, 2\]."):
         draw_heatmap(ax, cosines)
     draw_heatmap(ax, cosines[0, 2])
+    with pytest.raises(ValueError, match=r"For a slice of a volume, labels\[2\]."):
+        heatmaps(image, volume[:, :, 2], centroids, [0], labels=labels[0])
+    heatmaps(image, volume[:, :, 2], centroids, [0], labels=labels[0][2])
 
 
 def maps(*shape):

@@ -196,9 +196,8 @@ class PriorConsistent(Rival):
 
     def loss(self, features: Tensor, grid: Tensor, classifier: nn.Module) -> Tensor:
         means, counts = segment_mean(features, grid, self.num_classes)
-        logits = classify_vectors(classifier, means, self.num_classes) - self.log_shares.to(
-            means.device
-        )
+        logits = classify_vectors(classifier, means, self.num_classes)
+        logits -= self.log_shares.to(means.device)
         here = counts > 0
         owner = torch.arange(self.num_classes, device=grid.device)
         return mean_over(F.cross_entropy(logits, owner, reduction="none"), here)

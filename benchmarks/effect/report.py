@@ -129,6 +129,8 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
     head += [f"tau chosen for -{loss:g}: mIoU, pixel accuracy" for loss in frontier.LOSSES[:2]]
     rows = []
     for arm in cells:
+        if not shared_seeds(cells, arm, base):
+            continue
         pairs = [(cells[arm][seed], cells[base][seed]) for seed in shared_seeds(cells, arm, base)]
         row = [arm, str(len(pairs))]
         read = [[frontier.gain_at(*pair, loss) for pair in pairs] for loss in frontier.LOSSES]
@@ -137,7 +139,9 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
             found = [frontier.chosen(*pair, loss) for pair in pairs]
             both = [] if None in found else list(zip(*found, strict=True))
             row.append(", ".join(gain(list(values)) for values in both) or "not reached")
-        rows.append((statistics.mean(value or -99 for value in read[1]) if pairs else -99, row))
+        # By the gain for half a point; one that is not reached comes last.
+        order = statistics.mean(-99.0 if value is None else value for value in read[1])
+        rows.append((order, row))
     return markdown(head, *(row for _, row in sorted(rows, key=lambda each: -each[0])))
 
 

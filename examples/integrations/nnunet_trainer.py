@@ -8,6 +8,7 @@ nnUNetTrainer; else it builds the network by this class, as nnU-Net does for eve
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import mvsc
 
 
 class nnUNetTrainerMVSC(nnUNetTrainer):  # noqa: N801 - nnU-Net's own spelling
-    """Adds the regularizer to the loss, and its centroids to the checkpoint."""
+    """Adds the regularizer to the loss, and its centroids to what is saved."""
 
     def _build_loss(self) -> Callable[[Any, Any], Tensor]:
         """Attach here: this is called last, when network and optimizer exist."""
@@ -39,16 +40,15 @@ class nnUNetTrainerMVSC(nnUNetTrainer):  # noqa: N801 - nnU-Net's own spelling
         return loss
 
     def save_checkpoint(self, filename: str) -> None:
-        """Save as nnU-Net does, and the centroids with it."""
+        """Save as nnU-Net does, and the centroids in a file beside it."""
         super().save_checkpoint(filename)
         if self.local_rank == 0 and not self.disable_checkpointing:
-            checkpoint = torch.load(filename, map_location="cpu", weights_only=False)
-            torch.save({**checkpoint, "mvsc": self.mvsc.state_dict()}, filename)
+            torch.save(self.mvsc.state_dict(), f"{filename}.partial")
+            Path(f"{filename}.partial").replace(f"{filename}.mvsc")
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Go on with the centroids of the checkpoint."""
+        """Go on with the centroids beside the checkpoint, if it is a file."""
         super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = filename_or_checkpoint
-        if isinstance(checkpoint, str):
-            checkpoint = torch.load(checkpoint, map_location=self.device, weights_only=False)
-        self.mvsc.load_state_dict(checkpoint["mvsc"])
+        if isinstance(filename_or_checkpoint, str):
+            state = torch.load(f"{filename_or_checkpoint}.mvsc", weights_only=True)
+            self.mvsc.load_state_dict(state)

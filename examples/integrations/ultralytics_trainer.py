@@ -1,6 +1,6 @@
-"""ultralytics' semantic segmentation: a trainer of its own.
+"""ultralytics' semantic segmentation, by a trainer of its own.
 
-Not `YOLO(...)`, which builds another model when it trains:
+Not by `YOLO(...)`, which builds another model when it trains.
 
     trainer = MVSCTrainer(overrides={"model": "yolo26n-sem.yaml", "data": "my.yaml"})
     trainer.train()
