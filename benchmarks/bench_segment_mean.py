@@ -19,11 +19,14 @@ from torch.testing import assert_close
 
 from bench_sums import (
     LAYOUTS,
+    OrderedSum,
     Sum,
+    bagged_embedding_bag,
+    cell_order,
     index_add_rows,
+    ordered_embedding_bag,
     rows_of,
     scatter_add_pixels,
-    sorted_embedding_bag,
     wide,
 )
 from measure import command_line, medians, write
@@ -47,6 +50,11 @@ def divided(add: Sum) -> Way:
     return lambda features, cells, num_cells: (
         add(features, cells, num_cells + 1)[:num_cells] / _counts(cells, num_cells)
     )
+
+
+def in_order(add: OrderedSum) -> Sum:
+    """Sort first, for a way to sum that takes the pixels cell by cell."""
+    return lambda features, cells, num_cells: add(features, cell_order(cells, num_cells))
 
 
 rows_index_add = divided(index_add_rows)
@@ -92,7 +100,8 @@ WAYS: dict[str, Way] = {
     "rows + scatter_reduce": rows_scatter_reduce,
     "pixel axis + scatter_add": divided(scatter_add_pixels),
     "sort + segment_reduce": sort_segment_reduce,
-    "sort + embedding_bag": divided(sorted_embedding_bag),
+    "sort + embedding_bag": divided(in_order(ordered_embedding_bag)),
+    "sort + bags of 64": divided(in_order(bagged_embedding_bag(64))),
 }
 # Timed forward only: backward, the loop zeroes a map of gradients for each cell.
 SLOW = ("Python loop over cells", "one-hot matmul", "sort + segment_reduce")
