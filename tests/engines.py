@@ -7,11 +7,15 @@ Leaves one file a row in FOLDER: what both processes trained, or the error of on
 
 import functools
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
 from datetime import timedelta
+from itertools import product
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -569,6 +573,82 @@ def compare(row, folder):
 def reference(row, folder):
     make = ROWS[row][1]
     torch.save(None if make is None else make(), f"{folder}/{row}-alone.pt")
+
+
+# Costs and faults: run by the tests themselves, in processes of their own.
+
+
+def join(rank, world, folder, store="store"):
+    os.environ |= ENVIRONMENT
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    place = f"file://{folder}/{store}"
+    dist.init_process_group("gloo", place, timedelta(seconds=60), rank=rank, world_size=world)
+
+
+def count_bytes(rank, world, folder):
+    """Count what this process writes in a step, for each pair of (own, sync_means)."""
+
+    def written():
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["wchar"])
+
+    join(rank, world, folder)
+    classes, dim, counted = 20, 64, {}
+    for own, sync_means in product((False, True), repeat=2):
+        options = {"optimizer": "own" if own else "host", "sync_means": sync_means}
+        reg = mvsc.MVSCRegularizer(classes, dim, **options)
+        classifier = nn.Conv2d(dim, classes, 1)
+        optimizer = SGD(classifier.parameters())
+        features = torch.randn(1, dim, 8, 8, requires_grad=True)
+        labels = torch.randint(0, classes, (1, 8, 8))
+
+        def step(reg=reg, inputs=(features, labels, classifier), optimizer=optimizer):
+            reg(*inputs).backward()
+            optimizer.step()
+
+        step()
+        dist.barrier()
+        before = written()
+        for _ in range(5):
+            step()
+        counted[own, sync_means] = (written() - before) / 5
+        dist.barrier()
+    torch.save(counted, f"{folder}/{rank}.pt")
+    os._exit(0)
+
+
+def die_in_a_step(rank, world, folder, kind):
+    """Save after two steps; in the third the second process is killed before its backward."""
+    join(rank, world, folder)
+    model, reg = build(optimizer=kind)
+    parameters = [*model.parameters(), *reg.parameters()]
+    parallel, optimizer = DistributedDataParallel(model), SGD(parameters)
+    for step in range(3):
+        if step == 2 and rank == 0:
+            torch.save(reg.state_dict(), f"{folder}/mvsc.part")
+            Path(f"{folder}/mvsc.part").replace(f"{folder}/mvsc.pt")
+        loss = loss_of(parallel, reg, *batch(rank, step))
+        if step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        try:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        except RuntimeError as error:
+            torch.save((str(error), time.monotonic() - began), f"{folder}/error.pt")
+    os._exit(0)
+
+
+def go_on(rank, world, folder, kind):
+    join(rank, world, folder, "another")
+    model, reg = build(optimizer=kind)
+    reg.load_state_dict(torch.load(f"{folder}/mvsc.pt"))
+    optimizer = SGD([*model.parameters(), *reg.parameters()])
+    loop(rank, DistributedDataParallel(model), reg, optimizer)
+    torch.save(trained(model, reg), f"{folder}/{rank}.pt")
+    os._exit(0)
 
 
 def main(folder, *rows):

@@ -91,6 +91,7 @@ BUGS = [
     ("regularizer", "self.invalid_count += bad.sum()", "self.invalid_count += int(bad.sum())", "a host sync in each step"),
     ("classifier", "weight.flatten(2).sum(dim=2) if", "weight.flatten(2)[:, :, weight[0, 0].numel() // 2] if", "centre tap of a k x k classifier"),
     ("classifier", 'distributed.gather(parameter) if hasattr(parameter, "full_tensor") else parameter', "parameter", "weights of a sharded classifier used raw"),
+    ("classifier", "return plain and not _gathers_by_itself(classifier)", "return plain", "weights of a sharded classifier used raw"),
     ("regularizer", 'if self.sync == "auto" and self._stepper is None:', "if False:", "gradients of the centroids differ by process"),
     ("regularizer", "order = draw_halves(self.groups, stream_key(self.seed, self.step))", "order = draw_halves(self.groups, stream_key(self.seed, self.step, distributed.rank(self.process_group)))", "halves differ by process"),
     ("regularizer", "if self.enhance else centroids", "if True else centroids", "enhance=False ignored"),

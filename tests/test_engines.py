@@ -1,6 +1,8 @@
 """Every engine of docs/engines.md: two real processes over gloo against a single one."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -74,6 +76,7 @@ def test_two_processes_under_an_engine_are_one_with_the_mean_gradient(folder, ro
     assert_close(first, expected, rtol=0, atol=rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", engines.EXAMPLES)
 def test_an_example_runs_in_two_processes(example, tmp_path):
     pytest.importorskip(engines.EXAMPLES[example])
@@ -90,3 +93,65 @@ def test_a_job_of_ray_train_goes_on_from_its_checkpoint(tmp_path):
     )
     # Two steps an epoch: the second job begins where the first ended.
     assert run([sys.executable, "-c", program], tmp_path).splitlines()[-1] == "[2, 6]"
+
+
+# Costs and faults.
+
+
+def together(task, world, *arguments):
+    """Run a task of engines.py in fresh processes; return them when all have ended."""
+    context = torch.multiprocessing.get_context("spawn")
+    started = [
+        context.Process(target=task, args=(rank, world, *arguments)) for rank in range(world)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+        assert process.exitcode is not None, "hung"
+    return started
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counted by Linux")
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_sends_the_bytes_that_the_page_says(world, tmp_path):
+    together(engines.count_bytes, world, tmp_path)
+    for rank in range(world):
+        counted = torch.load(tmp_path / f"{rank}.pt")
+        for options, sent in counted.items():
+            expected = sent_a_step(20, 64, world, *options)
+            assert expected <= sent <= 1.1 * expected, options
+
+
+def sent_a_step(classes, dim, processes, own=False, sync_means=False):
+    payload = 4 * 4 * classes * dim + 4 * own
+    payload += sync_means * (8 * 4 * classes * dim + 8 * 4 * classes)
+    return 2 * (processes - 1) / processes * payload
+
+
+def test_the_table_of_bytes_is_what_the_formula_says():
+    page = (HERE.parent / "docs" / "engines.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert [classes for classes, _ in rows] == ["150", "171", "1000", "10000"]
+    for classes, row in rows:
+        sent = [sent_a_step(int(classes), 256, n) for n in (8, 64, 1024)]
+        sent.append(sent_a_step(int(classes), 256, 1024, sync_means=True))
+        assert row.split(" | ") == [f"{each / 1e6:.2f}" for each in sent]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["host", "own"])
+def test_a_process_that_is_killed_in_a_step_ends_the_other_with_an_error(optimizer, tmp_path):
+    survivor, killed = together(engines.die_in_a_step, 2, tmp_path, optimizer)
+    assert killed.exitcode == -signal.SIGKILL
+    assert survivor.exitcode == 0
+    error, seconds = torch.load(tmp_path / "error.pt")
+    assert seconds < 30, error
+    # What was saved before is whole, and goes on in any number of processes.
+    reg = engines.build(optimizer=optimizer)[1]
+    reg.load_state_dict(torch.load(tmp_path / "mvsc.pt"))
+    assert reg.regularizer.step == 2
+    together(engines.go_on, 3, tmp_path, optimizer)
+    ends = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    assert_close(ends[1:], [ends[0]] * 2, rtol=0, atol=0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import engines
 import mvsc
 from mvsc.attach import ClassifierNotFoundError, attach
 
@@ -99,8 +100,10 @@ def test_every_example_is_run():
     examples = {path.stem for path in (ROOT / "examples" / "integrations").glob("*.py")}
     marks = test_an_example_runs_and_moves_its_centroids.pytestmark
     (cases,) = (mark.args[1] for mark in marks if mark.name == "parametrize")
-    # Those of trainers need data on disk: test_trainers.py runs them.
-    assert {example for example, _ in cases} == examples - {"nnunet_trainer", "ultralytics_trainer"}
+    # Those of trainers need data on disk: test_trainers.py runs them. Those for several processes
+    # are run by test_engines.py.
+    elsewhere = {"nnunet_trainer", "ultralytics_trainer", "ray_train", *engines.EXAMPLES}
+    assert {example for example, _ in cases} == examples - elsewhere
 
 
 @pytest.mark.parametrize(
