@@ -13,19 +13,6 @@ import traceback
 import warnings
 from datetime import timedelta
 
-# Before any host is imported: all of them look here for processes and devices.
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "DS_BUILD_OPS": "0",
-    "TORCHELASTIC_RUN_ID": "engines",
-    "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "0",
-}
-warnings.filterwarnings("ignore")
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,6 +22,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import mvsc
+
+# What every host asks for processes and devices.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "DS_BUILD_OPS": "0",
+    "TORCHELASTIC_RUN_ID": "engines",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+}
 
 CLASSES, DIM, STEPS, WORLD, LR = 6, 8, 3, 2, 0.1
 SGD = functools.partial(torch.optim.SGD, lr=LR)
@@ -517,6 +516,14 @@ ROWS = {
     "Trainer, DeepSpeed ZeRO-3": (part(trainer, engine=3), alone_segformer),
     "Trainer, DeepSpeed ZeRO-2, resumed": (part(resumed_trainer, engine=2), None),
 }
+EXAMPLES = {
+    "accelerate_fsdp2": "accelerate",
+    "deepspeed_loop": "deepspeed",
+    "lightning_ddp": "lightning",
+    "pipeline": "torch",
+}
+"""Files in examples/integrations for more than one process, and what they need."""
+
 OWN_GROUPS = ("DDP", "Zero", "FSDP2", "tensor", "pipeline")  # make no group of processes themselves
 
 
@@ -565,6 +572,8 @@ def reference(row, folder):
 
 
 def main(folder, *rows):
+    os.environ |= ENVIRONMENT
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     # Once, before the processes split off.
     import importlib

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ from recipes import Recipe  # noqa: E402
 from rivals import ClassMeans  # noqa: E402
 from test_recipes import press_ctrl_c  # noqa: E402
 from train import losses, read_metrics  # noqa: E402
-from weights import load_state  # noqa: E402
+from weights import load_state, load_weights  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -565,6 +566,33 @@ def test_a_cell_is_kept_and_not_run_again(folder, tmp_path, monkeypatch):
     shares = json.loads((tmp_path / "results" / "classes.json").read_text())
     assert tuple(shares) == open_split("folder", folder, "train").classes
     assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_classifier_is_trained_anew_and_alone_on_kept_weights(folder, tmp_path, monkeypatch):
+    AcceleratorState._reset_state()  # of other tests in this process
+    places = {"results": tmp_path / "results", "work": tmp_path / "work"}
+    settings = study.Settings(
+        data_root=folder, **places, steps=2, size=(32, 32), retrain=True, keep_weights=True
+    )
+    cell = "short/segformer/mvsc/0"
+    with pytest.raises(ValueError, match="is missing. Run the cell with --keep-weights first"):
+        study.run(settings, cell)
+    study.run(replace(settings, retrain=False), cell)
+    path = study.weights_of(settings, cell)
+    before, _ = load_weights(path)
+    after = {}
+    monkeypatch.setattr(study.shutil, "rmtree", lambda run: after.update(last_weights(run)))
+    study.run(settings, cell)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    counted = {name for name in changed if name.endswith("num_batches_tracked")}
+    assert changed - counted == {"segmentation_head.0.weight", "segmentation_head.0.bias"}
+    (run,) = kept.read(settings.results, "retrained")
+    assert "rival" not in run["log"]
+    assert "align" not in run["log"]
+
+
+def last_weights(folder):
+    return load_weights(folder / "last.safetensors")[0]
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ from torch.testing import assert_close
 import engines
 
 HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples" / "integrations"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+TORCHRUN += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 HOSTS = {
     "Accelerate": "accelerate",
     "Trainer": "transformers",
@@ -33,11 +36,21 @@ def folder(tmp_path_factory, request):
     asked = {each.params.get("row") for each in params if each is not None}
     folder = tmp_path_factory.mktemp("engines")
     rows = [row for row in AVAILABLE if row in asked]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-    command = [sys.executable, HERE / "engines.py", folder, *rows]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run([sys.executable, HERE / "engines.py", folder, *rows], folder)
     return folder
+
+
+def run(command, folder):
+    """Run a command in a folder, with the tests' packages; return what it printed."""
+    environment = os.environ | engines.ENVIRONMENT
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        del environment[name]  # torchrun sets its own
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *sys.path])
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def result(folder, row, who):
@@ -59,3 +72,21 @@ def test_two_processes_under_an_engine_are_one_with_the_mean_gradient(folder, ro
         expected = {name: torch.zeros_like(value) for name, value in first.items()}
     rounding = 3e-3 if "bfloat16" in row else 1e-6
     assert_close(first, expected, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("example", engines.EXAMPLES)
+def test_an_example_runs_in_two_processes(example, tmp_path):
+    pytest.importorskip(engines.EXAMPLES[example])
+    run([*TORCHRUN, EXAMPLES / f"{example}.py"], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_job_of_ray_train_goes_on_from_its_checkpoint(tmp_path):
+    pytest.importorskip("ray")
+    program = (
+        f"import sys, runpy; main = runpy.run_path({str(EXAMPLES / 'ray_train.py')!r})['main']\n"
+        "import ray; ray.init(num_cpus=3, include_dashboard=False)\n"
+        f"print([main({str(tmp_path)!r}, epochs).metrics['step'] for epochs in (1, 3)])"
+    )
+    # Two steps an epoch: the second job begins where the first ended.
+    assert run([sys.executable, "-c", program], tmp_path).splitlines()[-1] == "[2, 6]"

@@ -77,7 +77,7 @@ def step(model, images, labels, **options):
         "square both",
     ],
 )
-@pytest.mark.parametrize("size", [(72, 96), (50, 76), (100, 60)])
+@pytest.mark.parametrize("size", [(72, 96), (50, 76), (100, 60), (48, 72)])
 def test_a_model_that_pads_and_crops_is_told_to_pad_the_labels_too(model, size):
     images, labels = torch.randn(2, 3, *size), torch.randint(0, CLASSES, (2, *size))
     with pytest.warns(UserWarning, match=r"pads.*F\.pad\(labels") as seen:
@@ -362,6 +362,14 @@ def test_a_forgotten_regularizer_is_noticed_once(fused):
     with pytest.warns(UserWarning, match=r"optimizer does not know them") as seen:
         assert idle(lambda _: torch.optim.AdamW([other], fused=fused), steps=310) == 0
     assert len(seen) == 1
+
+
+def test_the_values_of_the_centroids_are_compared_once(monkeypatch):
+    looked = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *pair: looked.append(1) or equal(*pair))
+    idle(lambda parameters: torch.optim.AdamW(parameters, fused=True), steps=350)
+    assert len(looked) == 1
 
 
 # Labels, none of which reaches the grid.

@@ -8,6 +8,7 @@ what is attached to the features make a pair: lovasz@4+mvsc@4.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -24,6 +25,7 @@ from mvsc.finding import find_classifier
 from prior import class_pixels, log_shares
 from recipes import Recipe
 from train import Criterion, Regularize, cross_entropy, regularize
+from weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -202,3 +204,24 @@ def ingredients(
         return mvsc.AttachedRegularizer(model, path, made, add_to_loss=False)
 
     return recipe, criterion, regularize_own
+
+
+def classifier_alone(path: Path) -> Regularize:
+    """Make what lets train.train train nothing but a new classifier on the weights of a run.
+
+    Raises, when it is called:
+        ValueError: if there are no such weights.
+    """
+
+    def regularize(model: nn.Module, recipe: Recipe) -> None:
+        if not path.exists():
+            raise ValueError(f"{path} is missing. Run the cell with --keep-weights first.")
+        model.load_state_dict(load_weights(path)[0])
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0.0  # Features in evaluation stay what they are.
+        model.requires_grad_(False)
+        classifier = model.get_submodule(find_classifier(model)).requires_grad_(True)
+        classifier.reset_parameters()
+
+    return regularize

@@ -218,10 +218,15 @@ def report(results: Path, shares: Shares | None) -> str:
     for (schedule, head), cells in load(results, "hold_out").items():
         parts += heading(f"Choice of strengths: {head}, {schedule} schedule", cells)
         parts.append("Judged on every fifth of the training images, which were not trained on.")
-    for (schedule, head), cells in load(results, "frontier").items():
-        parts += heading(f"Frontiers: {head}, {schedule} schedule", cells)
-        parts += ["Gain in mIoU over cross-entropy, unshifted, as tau of each arm varies:"]
-        parts += [frontiers(cells), calibration(cells)]
+    titles = {
+        "frontier": "Frontiers",
+        "retrained": "Frontiers of a new classifier on kept features",
+    }
+    for kind, title in titles.items():
+        for (schedule, head), cells in load(results, kind).items():
+            parts += heading(f"{title}: {head}, {schedule} schedule", cells)
+            parts += ["Gain in mIoU over cross-entropy, unshifted, as tau of each arm varies:"]
+            parts += [frontiers(cells), calibration(cells)]
     return "\n\n".join(parts) + "\n"
 
 

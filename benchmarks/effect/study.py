@@ -41,7 +41,7 @@ from measure import machine  # noqa: E402
 from models import Segmenter  # noqa: E402
 from prior import class_pixels, log_shares  # noqa: E402
 from recipes import RECIPES, Recipe  # noqa: E402
-from train import Evaluate, read_metrics, train  # noqa: E402
+from train import Evaluate, cross_entropy, read_metrics, train  # noqa: E402
 from weights import write_whole  # noqa: E402
 
 HEADS = {"segformer": "folder-segformer-lite0", "deeplabv3plus": "folder-deeplabv3plus-lite0"}
@@ -92,6 +92,9 @@ class Settings:
     """Judge on a fifth of the training images, which are not trained on: to choose strengths."""
     keep_weights: bool = False
     """Leave the weights of a finished cell in the work folder, to look at them later."""
+    retrain: bool = False
+    """Train the classifier alone, anew, with cross-entropy on the kept weights of each cell, for
+    half the steps: what is left of an arm's gain is in the features."""
     part: tuple[int, int] = (0, 1)
     """This process takes cells I, I + N, ..."""
     workers: int = 0
@@ -136,6 +139,8 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} must be among {', '.join(known)}, got {sorted(wrong)}.")
     for arm in settings.arms:
         arms.find(arm)
+    if settings.retrain and settings.hold_out:
+        raise ValueError("retrain must be used without hold_out, whose weights are not kept.")
 
 
 def keep_classes(settings: Settings) -> None:
@@ -151,14 +156,21 @@ def keep_classes(settings: Settings) -> None:
 
 
 def kind(settings: Settings) -> str:
+    if settings.retrain:
+        return "retrained"
     return "hold_out" if settings.hold_out else "frontier"
+
+
+def weights_of(settings: Settings, cell: str) -> Path:
+    """Return where the weights of a finished cell are kept."""
+    return settings.work / "weights" / "frontier" / f"{cell.replace('/', '-')}.safetensors"
 
 
 def run(settings: Settings, cell: str) -> None:
     """Train, judge and keep one cell."""
     schedule, head, name, seed = cell.split("/")
     usual = SCHEDULES[schedule]
-    steps = settings.steps or usual.steps
+    steps = settings.steps or (usual.steps // 2 if settings.retrain else usual.steps)
     batch_size = settings.batch_size or usual.batch_size
     longer, shorter = size = settings.size or usual.size
     root = held_out(settings) if settings.hold_out else settings.data_root
@@ -179,8 +191,11 @@ def run(settings: Settings, cell: str) -> None:
         log_every=min(50, steps),
     )
     data = open_split("folder", root, "train")
-    arm = arms.find(name)
-    recipe, criterion, regularize = arms.ingredients(arm, recipe, data)
+    if settings.retrain:
+        criterion, regularize = cross_entropy, arms.classifier_alone(weights_of(settings, cell))
+        recipe = replace(recipe, mvsc=False)
+    else:
+        recipe, criterion, regularize = arms.ingredients(arms.find(name), recipe, data)
     before = sorted(recipe.folder.glob("last.pt"))
     found = train(recipe, criterion, regularize, judged(log_shares(data)))
     lines = [line for line in read_metrics(recipe.folder / "metrics.jsonl") if "loss" in line]
@@ -198,8 +213,8 @@ def run(settings: Settings, cell: str) -> None:
         "system": platform.platform(terse=True),
     }
     kept.add(settings.results, kind(settings), rounded(result))
-    if settings.keep_weights:
-        path = settings.work / "weights" / kind(settings) / f"{recipe.folder.name}.safetensors"
+    if settings.keep_weights and kind(settings) == "frontier":
+        path = weights_of(settings, cell)
         path.parent.mkdir(parents=True, exist_ok=True)
         (recipe.folder / "last.safetensors").replace(path)
     shutil.rmtree(recipe.folder)
