@@ -13,7 +13,7 @@ from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier, why_not_the_logits
 from mvsc.hosts import HOSTS
 from mvsc.regularizer import MVSCRegularizer
-from mvsc.tap import DATA_PARALLEL, Hook, Tap
+from mvsc.tap import ADDED, DATA_PARALLEL, UNLABELLED, Hook, Tap
 from mvsc.watch import warn
 
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach"]
@@ -254,7 +254,7 @@ class AddToLoss:
         if labels is None and self.position is not None and len(args) > self.position:
             labels = args[self.position]
         if output is None or labels is None:  # None: the forward has failed.
-            self.tap.clear()
+            self.tap.clear(UNLABELLED)
             self._notice_missing_labels(output)
             return output
         self.unlabelled = -1
@@ -265,6 +265,7 @@ class AddToLoss:
                 "Attach without add_to_loss, and add reg(labels) to the loss yourself."
             )
         loss = self.tap.use(self.regularizer, labels)
+        self.tap.missing = ADDED
         if self.scale is not None:
             loss = self.scale() * loss
         if isinstance(output, tuple):  # With return_dict=False the loss comes first.

@@ -140,7 +140,7 @@ def on_grid(
         )
     if (more := pixels - math.prod(grid)) != 0:
         remedy = f"Pass {axes} of the tokens."
-        if more > 0:
+        if 0 < more <= 8:  # class and register tokens
             remedy = f"Cut off what comes before them: {front.format(more)}. Or p{remedy[1:]}"
         raise ValueError(
             f"grid must have as many places as the features have tokens, {pixels}, got {grid}. "

@@ -35,6 +35,8 @@ from mvsc.watch import Watch
 
 __all__ = ["CellMeans", "Classifier", "MVSCRegularizer"]
 
+_SIZES = ("num_classes", "dim", "groups")
+
 _OPTIMIZER = "optimizer."
 """What the names of the state of an optimizer of their own begin with."""
 
@@ -140,32 +142,6 @@ class MVSCRegularizer(nn.Module):
         optimizer: Literal["host", "own"] | MakeOptimizer = "host",
     ) -> None:
         super().__init__()
-        sizes = {"num_classes": num_classes, "dim": dim, "groups": groups}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        if checks.check_number("temperature", temperature) < 1e-30:
-            raise ValueError(
-                f"temperature must be at least 1e-30, got {temperature}. The paper's value is 0.07."
-            )
-        weights = {
-            "align_weight": align_weight,
-            "pull_weight": pull_weight,
-            "classify_weight": classify_weight,
-        }
-        for name, weight in weights.items():
-            if checks.check_number(name, weight) < 0:
-                raise ValueError(
-                    f"{name} must be at least 0, got {weight}. Use 0 to switch the term off."
-                )
-        if ignore_index is None:
-            ignore_index = default_ignore_index(num_classes)
-        checks.check_int("ignore_index", ignore_index)
-        checks.check_int("seed", seed)
-        checks.check_choice("align_to", align_to, ("global", "group"))
-        checks.check_choice("grid_label", grid_label, ("centre", "commonest"))
-        checks.check_choice("sync", sync, ("auto", False))
-        checks.check_choice("enhance", enhance, (True, False))
-        checks.check_choice("sync_means", sync_means, (True, False))
         self.num_classes = num_classes
         self.dim = dim
         self.groups = groups
@@ -175,12 +151,17 @@ class MVSCRegularizer(nn.Module):
         self.classify_weight = classify_weight
         self.enhance = enhance
         self.align_to = align_to
-        self.ignore_index = ignore_index
         self.grid_label = grid_label
         self.seed = seed
         self.sync = sync
         self.sync_means = sync_means
         self.process_group = process_group
+        for name in _SIZES:
+            checks.check_positive_int(name, getattr(self, name))
+        default = default_ignore_index(num_classes)
+        self.ignore_index = default if ignore_index is None else ignore_index
+        self._check_settings()
+        self._sizes = num_classes, dim, groups
         centroids = torch.empty(groups, num_classes, dim, dtype=torch.float32)
         self._stepper = None if optimizer == "host" else Stepper(optimizer)
         if self._stepper is None:
@@ -479,6 +460,27 @@ class MVSCRegularizer(nn.Module):
             centroids = distributed.average_gradient(centroids, self.process_group)
         return centroids
 
+    def _check_settings(self) -> None:
+        """Raise unless the settings are what they may be: also those that were set later."""
+        if checks.check_number("temperature", self.temperature) < 1e-30:
+            raise ValueError(
+                f"temperature must be at least 1e-30, got {self.temperature}. "
+                "The paper's value is 0.07."
+            )
+        for name in ("align_weight", "pull_weight", "classify_weight"):
+            if checks.check_number(name, getattr(self, name)) < 0:
+                raise ValueError(
+                    f"{name} must be at least 0, got {getattr(self, name)}. "
+                    "Use 0 to switch the term off."
+                )
+        checks.check_int("ignore_index", self.ignore_index)
+        checks.check_int("seed", self.seed)
+        checks.check_choice("align_to", self.align_to, ("global", "group"))
+        checks.check_choice("grid_label", self.grid_label, ("centre", "commonest"))
+        checks.check_choice("sync", self.sync, ("auto", False))
+        checks.check_choice("enhance", self.enhance, (True, False))
+        checks.check_choice("sync_means", self.sync_means, (True, False))
+
     def _check(
         self,
         features: Tensor,
@@ -510,6 +512,12 @@ class MVSCRegularizer(nn.Module):
         if torch.compiler.is_compiling():
             self._count_invalid(labels)
             return features, labels, axes
+        self._check_settings()
+        if self._sizes != (self.num_classes, self.dim, self.groups):
+            raise ValueError(
+                f"{', '.join(_SIZES)} must stay what they were, {self._sizes}, got "
+                f"{(self.num_classes, self.dim, self.groups)}. Build another MVSCRegularizer."
+            )
         watch = self._watch
         if "mixing" not in watch.said and (mixing := what_mixes(classifier)):
             watch.say("mixing", mixing)

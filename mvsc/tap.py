@@ -44,6 +44,13 @@ _USED_UP = (
     "each forward, and reg.total(terms) for the weighted sum. For two label maps of one forward, "
     "as in MixUp, pass features and classifier to MVSCRegularizer, once for each map."
 )
+ADDED = (
+    "add_to_loss has added them to the model's own loss in the last forward. Leave reg(labels) "
+    "out; to log the terms, attach without add_to_loss and add reg.total(terms)."
+)
+UNLABELLED = (
+    "the last forward had no labels, so add_to_loss had nothing to add. Pass labels to the model."
+)
 _TWO_FORWARDS = (
     "The classifier ran more than once since the last loss, so it is open which features belong "
     "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
@@ -168,7 +175,9 @@ class Tap:
 
     def use(self, call: Callable[..., Any], labels: Tensor, **options: Any) -> Any:
         """Return ``call(features, labels, classifier)``; the features are used up by it."""
-        features, classifier = self._take(), self.classifier
+        version, classifier = self.version, self.classifier
+        taken = self._take()
+        features = taken
         if self.padded is not None and isinstance(labels, Tensor):
             self.watch.notice_padding(*self.padded, tuple(labels.shape[1:]))
         if hasattr(features, "full_tensor"):
@@ -177,6 +186,10 @@ class Tap:
         self.working = True  # The call may ask the classifier too: that is no forward.
         try:
             return call(features, labels, classifier, **options)
+        except (TypeError, ValueError):
+            # A call that is refused is no step, and uses nothing up.
+            self.features, self.version, self.forwards = taken, version, 1
+            raise
         finally:
             self.working = False
 

@@ -759,3 +759,26 @@ def test_the_ignored_label_of_the_models_config_gives_way_to_the_users():
     with attach(model) as reg:
         assert reg.regularizer.ignore_index == 7
     assert attach(model, ignore_index=3).regularizer.ignore_index == 3
+
+
+def test_a_refused_call_uses_nothing_up(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    for wrong in (labels.float(), labels[:1], labels + 99):
+        with pytest.raises((TypeError, ValueError)):
+            reg(wrong)
+    assert reg(labels).isfinite()
+    with pytest.raises(RuntimeError, match="used up"):
+        reg(labels)
+
+
+def test_with_add_to_loss_a_second_loss_is_told_that_the_first_was_added(images, labels):
+    model = NetWithLoss()
+    reg = attach(model, add_to_loss=True)
+    model(images, labels)
+    with pytest.raises(RuntimeError, match=r"add_to_loss has added them.*Leave reg\(labels\) out"):
+        reg(labels)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"had no labels, so add_to_loss had nothing to add"):
+        reg(labels)

@@ -161,3 +161,21 @@ def test_a_failed_call_is_not_a_step():
     with pytest.raises(ValueError, match="labels"):
         reg(FEATURES, LABELS[:1], HEAD)
     assert reg.step.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", 0, "temperature must be at least 1e-30"),
+        ("align_weight", -1, "align_weight must be at least 0"),
+        ("align_to", "own", "align_to must be 'global' or 'group'"),
+        ("grid_label", "common", "grid_label must be 'centre' or 'commonest'"),
+        ("groups", 2, "num_classes, dim, groups must stay what they were"),
+    ],
+)
+def test_a_setting_that_is_changed_later_is_checked_too(name, value, message):
+    reg = MVSCRegularizer(5, 6)
+    setattr(reg, name, value)
+    with pytest.raises(ValueError, match=message):
+        reg(FEATURES, LABELS, HEAD)
+    assert reg.step.item() == 0

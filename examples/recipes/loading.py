@@ -169,16 +169,7 @@ def training_batches(
     Returns:
         Batches of images, uint8 ``(n, 3, height, width)``, and labels, uint8 ``(n, height,
         width)``; ``recipe.accumulate`` of them are a step.
-
-    Raises:
-        ValueError: if a batch cannot be split into equal parts.
     """
-    parts = processes * recipe.accumulate
-    if recipe.batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of processes x accumulate, {processes} x "
-            f"{recipe.accumulate}, got {recipe.batch_size}."
-        )
     order = Batches(
         len(data),
         recipe.batch_size // recipe.accumulate,

@@ -98,6 +98,11 @@ def train(
     )
     device = accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
+    if recipe.batch_size % (processes * recipe.accumulate):
+        raise ValueError(
+            f"batch_size must be a multiple of processes x accumulate, {processes} x "
+            f"{recipe.accumulate}, got {recipe.batch_size}."
+        )
     data, val = (open_split(recipe.layout, recipe.data_root, split) for split in ("train", "val"))
 
     # The same initial weights with MVSC and without: its own come from a private stream.
