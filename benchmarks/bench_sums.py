@@ -14,15 +14,14 @@ is timed on its own, since with more than one group the split has to sort anyway
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measure import command_line, medians, write
+from measure import command_line, medians, noted, write
 from mvsc import kernel
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -491,7 +490,7 @@ def compare(
     failed: dict[str, str] = {}
     for name, add in sums.items():
         ways[f"sum: {name}"] = add
-        with _noted(failed, f"sum: {name}", strict):
+        with noted(failed, f"sum: {name}", strict):
             found = add()
             error = float((found.double() - exact).norm() / exact.norm())
             assert error < 1e-5, f"{name} is wrong by {error:.1e}"
@@ -499,24 +498,12 @@ def compare(
             assert again, f"{name} is not deterministic"
     for name, spread in SPREADS[layout].items():
         ways[f"gradient: {name}"] = lambda spread=spread: spread(table, cells, dtype)
-        with _noted(failed, f"gradient: {name}", strict):
+        with noted(failed, f"gradient: {name}", strict):
             found = spread(table, cells, dtype)
             assert found.stride() == features.stride(), f"{name} has another layout"
             assert torch.equal(found, spread_exactly), f"{name} is wrong"
     times = timed({name: way for name, way in ways.items() if name not in failed}, device)
     return times | failed
-
-
-@contextmanager
-def _noted(failed: dict[str, str], name: str, strict: bool) -> Iterator[None]:
-    """Keep going over a way that is wrong or does not run, and note why; not if ``strict``."""
-    try:
-        yield
-    except (AssertionError, RuntimeError) as problem:
-        if strict:
-            raise
-        failed[name] = "wrong" if isinstance(problem, AssertionError) else "fails"
-        print(f"{name}: {problem}")
 
 
 def compare_sorts(device: torch.device, shape: tuple[int, int, int, int]) -> dict[str, float]:

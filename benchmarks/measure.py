@@ -1,14 +1,18 @@
-"""What the benchmarks share: interleaved medians, and results as Markdown tables."""
+"""What the benchmarks share: interleaved medians, counts, and results as Markdown tables."""
 
 import argparse
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,6 +41,51 @@ def medians(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
         for name, timer in timers.items():
             times[name].append(timer.timeit(1).median * 1e3)
     return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+class Operators(TorchDispatchMode):
+    """Count the operators that a device would have to be asked for: views and empties cost none."""
+
+    free = ("empty", "new_empty", "detach", "promote_types", "scalar_tensor", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__.split(".")[0]
+        self.count += not (func.is_view or name in self.free or name.startswith("empty_"))
+        return func(*args, **(kwargs or {}))
+
+
+def count_operators(step: Callable[[], object]) -> int:
+    """Run a step and count its operators, of forward and backward."""
+    with Operators() as operators:
+        step()
+    return operators.count
+
+
+def count_kernels(step: Callable[[], object]) -> int:
+    """Run a step and count what a GPU was asked for: kernels, copies and fills."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in seen.events())
+
+
+@contextmanager
+def noted(failed: dict[str, str], name: str, strict: bool) -> Iterator[None]:
+    """Keep going over a way that is wrong or does not run, and note it; not if ``strict``."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as problem:
+        if strict:
+            raise
+        failed[name] = "wrong" if isinstance(problem, AssertionError) else "fails"
+        print(f"{name}: {problem}")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from batches import Launches
+from mvsc import MVSCRegularizer
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -18,8 +21,8 @@ NAMES = ("segment_mean", "sums", "step", "shapes", "scaling", "compile", "import
 @pytest.mark.parametrize("name", NAMES)
 def test_quick_mode_runs_and_writes_nothing(name, monkeypatch, tmp_path):
     if name == "step":
-        pytest.importorskip("pytorch_metric_learning")
-        pytest.importorskip("transformers")
+        for host in ("pytorch_metric_learning", "segmentation_models_pytorch", "transformers"):
+            pytest.importorskip(host)
     monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", ["benchmark", "--quick", "--device", "cpu"])
     before = set(BENCHMARKS.glob("results/*"))
@@ -41,6 +44,34 @@ def test_a_way_that_is_wrong_is_found_before_it_is_timed(monkeypatch):
     wrong = {"wrong": lambda *arguments: 2 * bench["ours"](*arguments)}
     with pytest.raises(AssertionError, match="wrong"):
         bench["compare"]("cpu", "contiguous", bench["DTYPES"][0], 8, 3, 2, 1, wrong)
+
+
+def test_operators_are_counted_as_the_tests_count_them(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("measure")
+    features, labels = torch.randn(2, 4, 6, 6, requires_grad=True), torch.zeros(2, 6, 6).long()
+    reg, classifier = MVSCRegularizer(3, 4), torch.nn.Conv2d(4, 3, 1)
+
+    def step():
+        reg(features, labels, classifier).backward()
+
+    step()  # The first step makes what is kept.
+    with Launches() as launches:
+        step()
+    assert measure.count_operators(step) == launches.count > 0
+
+
+def test_the_real_time_network_hands_out_what_enters_its_classifier(monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    model = importlib.import_module("realtime").BiSeNet(5).eval()
+    with torch.no_grad():
+        output = model(torch.randn(1, 3, 64, 96))
+        again = model.classifier(output["features"])
+    assert output["features"].shape == (1, 256, 8, 12)
+    torch.testing.assert_close(output["out"], again)
+    assert output["aux"].shape == (1, 5, 8, 12)
+    assert output["aux 2"].shape == (1, 5, 4, 6)
 
 
 @pytest.fixture
