@@ -185,6 +185,9 @@ class MVSCRegularizer(nn.Module):
         drawn.normal_(std=(2 / self.dim) ** 0.5, generator=generator)
         drawn = distributed.shard_like(drawn, self.centroids)
         self._watch.forget_values()
+        if self._stepper is not None:
+            self._stepper.state = {}
+            self._follow()
         with torch.no_grad():
             self.centroids.copy_(drawn)
             self.step.zero_()

@@ -154,7 +154,3 @@ class Stepper:
             made.load_state_dict({"state": {0: state}, "param_groups": groups})
         self.optimizer, self.loaded = made, {}
         return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The optimizer of a copy is made anew, for the copy's centroids.
-        return {**vars(self), "optimizer": None, "loaded": self.state}

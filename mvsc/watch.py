@@ -31,7 +31,7 @@ _NOT_IN_OPTIMIZER = (
 )
 _NO_OTHER_STEPPED = (
     "their own optimizer steps after the model's, and no torch.optim.Optimizer has stepped. "
-    'Use optimizer="host" with one that is none.'
+    'With one that is none, use optimizer="host" and step reg.parameters() in it.'
 )
 
 

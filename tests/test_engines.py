@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.testing import assert_close
 
 import engines
@@ -24,11 +26,22 @@ HOSTS = {
     "Lightning": "lightning",
     "DeepSpeed": "deepspeed",
 }
-AVAILABLE = [
-    row
-    for row in engines.ROWS
-    if all(find_spec(module) for host, module in HOSTS.items() if host in row)
-]
+OLDEST = {"accelerate": "1.7", "transformers": "5", "lightning": "2.4", "deepspeed": "0.16"}
+"""Versions with FSDP2, and with the settings that make a run comparable."""
+
+
+def available(row):
+    """Return whether what a row needs is installed."""
+    if torch.__version__ < "2.7" and ("FSDP2" in row or "ModelParallel" in row):
+        return False  # shards on devices only
+    needed = [module for host, module in HOSTS.items() if host in row]
+    return all(
+        find_spec(module) and Version(version(module)) >= Version(OLDEST[module])
+        for module in needed
+    )
+
+
+AVAILABLE = [row for row in engines.ROWS if available(row)]
 
 
 @pytest.fixture(scope="module")

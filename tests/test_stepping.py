@@ -222,6 +222,13 @@ def test_no_parameter_is_left_and_half_precision_leaves_centroids_and_moments_al
     }
 
 
+def test_centroids_that_are_drawn_anew_begin_with_new_moments():
+    run = Run("own")
+    begun = {name: value.clone() for name, value in run.reg.state_dict().items()}
+    run.train(2).reg.regularizer.reset_parameters()
+    assert_close(dict(run.reg.state_dict()), begun, rtol=0, atol=0)
+
+
 def explicit_step(reg, make=ADAMW):
     """Take one step of a regularizer that is attached to nothing; return whether it moved."""
     model, before = segmenter(), reg.centroids.detach().clone()
