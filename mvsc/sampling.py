@@ -221,7 +221,9 @@ def _hash(numbers: Tensor, key: Tensor) -> Tensor:
 
 def _mixed_numbers(count: int, stream: int, device: torch.device) -> Tensor:
     """Mix the numbers from 0 to ``count``, another way for each stream."""
-    numbers = torch.arange(count, device=device) * _signed(_GOLDEN)
+    # inductor multiplies an arange as an index, in integers that never wrap around, and refuses
+    # what no int64 holds; after a bitwise operation it multiplies as the tensor does.
+    numbers = (torch.arange(count, device=device) ^ 0) * _signed(_GOLDEN)
     numbers = numbers + _signed(_mix(stream + 1))
     numbers = (numbers ^ (numbers >> 30)) * _signed(_FIRST)
     numbers = (numbers ^ (numbers >> 27)) * _signed(_SECOND)

@@ -260,3 +260,13 @@ def test_the_draw_of_version_0_1_is_drawn_for_ever():
     cells = draw_groups(labels, 3, 2, key(seed=7, step=11, rank=1))
     assert cells.flatten().tolist() == [2, 4, 0, 4, 0, 3, 5, 6]
     assert draw_halves(5, key(seed=7, step=11)).tolist() == [3, 0, 4, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of inductor's own
+def test_the_default_compiler_draws_what_is_drawn_without_it():
+    labels = torch.randint(0, 20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    key = stream_key(0, torch.tensor(3))
+    compiled = torch.compile(draw_groups, fullgraph=True)
+    expected = draw_groups(labels, 4, 19, key)
+    assert_close(compiled(labels, 4, 19, key), expected, rtol=0, atol=0)
