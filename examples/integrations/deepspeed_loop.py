@@ -44,3 +44,4 @@ def main() -> mvsc.AttachedRegularizer:
 
 if __name__ == "__main__":
     main()
+    torch.distributed.destroy_process_group()
