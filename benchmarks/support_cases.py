@@ -954,56 +954,37 @@ def transformers_more() -> Iterator[Case]:
         logits=lambda o: o.logits[:, None],
     )
 
-    def dinov3_upernet() -> nn.Module:
-        back = hf.DINOv3ViTConfig(
-            out_indices=[1, 2, 3, 4],
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=64,
-            patch_size=16,
-            intermediate_size=64,
-        )
-        return hf.UperNetForSemanticSegmentation(
-            hf.UperNetConfig(
-                backbone_config=back,
-                num_labels=CLASSES,
-                auxiliary_in_channels=32,
-                auxiliary_channels=16,
-                auxiliary_concat_input=False,
-                auxiliary_loss_weight=0.4,
-                hidden_size=16,
-                pool_scales=[1, 2],
+    def upernet(config: str, **settings: Any) -> Callable[[], nn.Module]:
+        def build() -> nn.Module:
+            back = getattr(hf, config)(
+                out_indices=[1, 2, 3, 4],
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                image_size=64,
+                patch_size=16,
+                **settings,
             )
-        )
-
-    hosts["UperNet, DINOv3ViT backbone"] = case(
-        dinov3_upernet, images(), path="decode_head.classifier", logits=lambda o: o.logits
-    )
-
-    def dinov2_upernet() -> nn.Module:
-        back = hf.Dinov2Config(
-            out_indices=[1, 2, 3, 4],
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            image_size=64,
-            patch_size=16,
-        )
-        return hf.UperNetForSemanticSegmentation(
-            hf.UperNetConfig(
-                backbone_config=back,
-                num_labels=CLASSES,
-                auxiliary_in_channels=32,
-                auxiliary_channels=16,
-                hidden_size=16,
-                pool_scales=[1, 2],
+            return hf.UperNetForSemanticSegmentation(
+                hf.UperNetConfig(
+                    backbone_config=back,
+                    num_labels=CLASSES,
+                    auxiliary_in_channels=32,
+                    auxiliary_channels=16,
+                    hidden_size=16,
+                    pool_scales=[1, 2],
+                )
             )
-        )
 
-    hosts["UperNet, Dinov2 backbone"] = case(
-        dinov2_upernet, images(), path="decode_head.classifier", logits=lambda o: o.logits
-    )
+        return build
+
+    for name, settings in (("DINOv3ViT", {"intermediate_size": 64}), ("Dinov2", {})):
+        hosts[f"UperNet, {name} backbone"] = case(
+            upernet(f"{name}Config", **settings),
+            images(),
+            path="decode_head.classifier",
+            logits=lambda o: o.logits,
+        )
 
     def videomt() -> nn.Module:
         return hf.VideomtForUniversalSegmentation(

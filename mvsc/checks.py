@@ -125,7 +125,7 @@ def on_grid(
     pixels = features.shape[2:].numel()
     grid = grid_of_ratio(pixels, size) if grid is None else _checked_grid(features, size, grid)
     front = "features[:, {}:]" if channels_last else "features[..., {}:]"
-    axes = "height, width" if len(size) == 2 else "depth, height, width"
+    axes = axis_names(len(size))
     if grid is None:
         # Class token; class and distillation token; class token and four registers.
         cuts = [n for n in (1, 2, 5) if n < pixels and grid_of_ratio(pixels - n, size)]
@@ -194,6 +194,11 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text}" if len(text) <= 40 else type(value).__name__
 
 
+def axis_names(axes: int) -> str:
+    """Return the names of two or three spatial axes, as an error writes sizes nobody knows."""
+    return "height, width" if axes == 2 else "depth, height, width"
+
+
 def describe_sizes(sizes: Any) -> str:
     """Return sizes as they are written: 12 x 16."""
     return " x ".join(str(size) for size in sizes)
@@ -213,10 +218,9 @@ def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[i
             "out."
         )
     if len(grid) != len(size):
-        axes = "height, width" if len(size) == 2 else "depth, height, width"
         raise ValueError(
             f"grid must have the {len(size)} axes of the labels, {describe_sizes(size)}, got "
-            f"{tuple(grid)}. Pass grid=({axes}) of the {features.shape[2]} tokens."
+            f"{tuple(grid)}. Pass grid=({axis_names(len(size))}) of the {features.shape[2]} tokens."
         )
     return tuple(grid)
 

@@ -7,7 +7,7 @@ it says so. Values are read on the way to an error, or where the device need not
 import torch
 from torch import Tensor
 
-from mvsc.checks import describe, describe_sizes, grid_of_ratio, is_integer
+from mvsc.checks import axis_names, describe, describe_sizes, grid_of_ratio, is_integer
 
 
 def default_ignore_index(num_classes: int) -> int:
@@ -114,7 +114,7 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
         # As many as the features have places? Else a single image, of a batch of one.
         grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
         if grid or shape[0] > 1 or labels.ndim != axes:
-            sizes = grid or ("(height, width)" if axes == 2 else "(depth, height, width)")
+            sizes = grid or f"({axis_names(axes)})"
             return _of_values(labels, f"labels.unflatten(1, {sizes})")
     if labels.ndim == axes and (features is None or features.shape[0] == 1):
         return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
@@ -128,7 +128,7 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
 def _of_tokens(pixels: int, size: tuple[int, ...], tokens: bool | None) -> str:
     """Say what to do with the labels of a map for features in a row."""
     grid: object = grid_of_ratio(pixels, size)
-    grid = grid or ("(height, width)" if len(size) == 2 else "(depth, height, width)")
+    grid = grid or f"({axis_names(len(size))})"
     if tokens is None:
         return f"Use features.unflatten(2, {grid}) for tokens."
     return f"Pass grid={grid} for tokens."
