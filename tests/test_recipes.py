@@ -551,6 +551,7 @@ training.train(recipe, regularize=regularize)
 rank = torch.distributed.get_rank()
 states = [part.state_dict() for part in kept]
 torch.save(states, Path(sys.argv[2]) / f"rank{rank}.pt")
+torch.distributed.destroy_process_group()
 """
 
 

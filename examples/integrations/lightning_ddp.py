@@ -51,6 +51,8 @@ def main() -> mvsc.AttachedRegularizer:
     )
     trainer.fit(module, torch.utils.data.DataLoader(dataset, batch_size=2))
     mvsc.assert_in_sync(module.reg)
+    if processes > 1:  # Lightning ends NCCL's group only; gloo's may abort at the exit.
+        torch.distributed.destroy_process_group()
     return module.reg
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
 from torch.utils.tensorboard import SummaryWriter
@@ -431,6 +431,7 @@ def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
 def command_line() -> None:
     recipe = tyro.extras.overridable_config_cli(RECIPES)
     scores = train(recipe)
+    PartialState().destroy_process_group()  # Left open, gloo may abort the process at its exit.
     print_scores(scores, open_split(recipe.layout, recipe.data_root, "val").classes)
 
 
