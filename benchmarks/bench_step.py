@@ -29,7 +29,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from measure import command_line, count_kernels, count_operators, medians, noted, write
 from mvsc import MVSCRegularizer, segment_mean
-from mvsc.sampling import draw_groups, labels_on_grid, stream_key
+from mvsc.sampling import draw_groups, labels_on_grid
 from realtime import BiSeNet
 
 IGNORE = 255
@@ -235,7 +235,7 @@ def step(host: Host, images: Tensor, labels: Tensor, rounds: int) -> list[dict[s
     seen = seen._replace(features=features, logits=logits)
     size, groups = (features.shape[2], features.shape[3]), 4
     grid = labels_on_grid(labels, size, host.classes, IGNORE)
-    cells = draw_groups(grid, groups, host.classes, stream_key(0, torch.tensor(1, device=device)))
+    cells = draw_groups(grid, groups, host.classes, torch.tensor(1, device=device))
     ways: dict[str, Term] = {
         "segment_mean alone": lambda seen: segment_mean(
             seen.features, cells, groups * host.classes

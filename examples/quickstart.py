@@ -40,7 +40,7 @@ def main() -> None:
     data = [make_mosaics(options.out / "mosaics", *each) for each in counts.items()]
     if options.epochs < 1:
         return
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     runs = {arm: [] for arm in ARMS}
     for seed, arm in itertools.product(options.seeds, ARMS):
         runs[arm].append(train(arm, seed, *data, options.epochs, device))

@@ -21,6 +21,9 @@ Classifier = nn.Module | Callable[[Tensor], Tensor]
 PixelLinear = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 """A layer that maps the features of each pixel, and with a wide kernel of its neighbours, too."""
 
+# A tuple, since the compiler of torch 2.6 cannot ask for a union.
+_PIXEL_LINEAR = get_args(PixelLinear)
+
 TRANSPOSED = (
     "A transposed convolution gives the places of a pixel different logits, so no answer for a "
     "pixel alone exists. Give the features that enter it an auxiliary 1x1 classifier with a "
@@ -45,7 +48,7 @@ def is_pixel_linear(module: nn.Module) -> bool:
     A transposed convolution of kernel and stride 1 is a 1x1 convolution.
     """
     layer = base_of(module)
-    return isinstance(layer, PixelLinear) or (
+    return isinstance(layer, _PIXEL_LINEAR) or (
         isinstance(layer, _ConvTransposeNd) and not _spreads(layer)
     )
 
@@ -60,9 +63,9 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 def reads_rows(classifier: object) -> bool:
     """Return whether a classifier reads its features in the last axis, as an nn.Linear does."""
-    if isinstance(classifier, PixelLinear) or not isinstance(classifier, nn.Module):
+    if isinstance(classifier, _PIXEL_LINEAR) or not isinstance(classifier, nn.Module):
         return isinstance(classifier, nn.Linear)
-    kinds = [type(m) for m in classifier.modules() if isinstance(m, nn.Linear | _ConvNd)]
+    kinds = [type(m) for m in classifier.modules() if isinstance(m, (nn.Linear, _ConvNd))]
     return bool(kinds) and all(issubclass(kind, nn.Linear) for kind in kinds)
 
 
@@ -177,7 +180,7 @@ def classify_vectors(
         weight, bias = _whole(classifier.weight), _whole(classifier.bias)
         # A wide kernel is summed: the convolution itself would pad the vector with zeros and
         # leave only the centre tap.
-        weight = weight.flatten(2).sum(dim=2) if weight.ndim > 2 else weight
+        weight = weight.flatten(1) if weight[0, 0].numel() == 1 else weight.flatten(2).sum(dim=2)
         logits = F.linear(vectors.to(weight.dtype), weight, bias)
     else:
         logits = _call(classifier, vectors, num_classes, axes)
@@ -211,7 +214,7 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     A subclass, or one whose forward was replaced, may do more. A weight that is no parameter is
     what a hook or a property left there (pruning, weight_norm, spectral_norm), maybe long ago.
     """
-    if not isinstance(classifier, PixelLinear):
+    if not isinstance(classifier, _PIXEL_LINEAR):
         return False
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
@@ -233,7 +236,7 @@ def _gathers_by_itself(classifier: nn.Module) -> bool:
     """
     if not is_sharded(classifier):
         return False
-    return hasattr(classifier.weight, "ds_id") or type(classifier) not in get_args(PixelLinear)
+    return hasattr(classifier.weight, "ds_id") or type(classifier) not in _PIXEL_LINEAR
 
 
 def _whole(parameter: Any) -> Any:
@@ -266,7 +269,7 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
         return
     kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
     for module in modules:
-        computed = isinstance(module, PixelLinear) and not _stores_weights(module)
+        computed = isinstance(module, _PIXEL_LINEAR) and not _stores_weights(module)
         for name in _HOOKS:
             hooks = vars(module)[name]
             kept_hooks = _computing(hooks) if computed and name == _HOOKS[0] else {}

@@ -131,7 +131,7 @@ def cell_means(
     """
     checks.check_positive_int("groups", groups)
     grid = _grid(features, labels, num_classes, ignore_index)
-    cells = draw_groups(grid, groups, num_classes, grid.new_zeros(()))
+    cells = draw_groups(grid, groups, num_classes, step=grid.new_zeros(()))
     sums, counts = segment_sum(features, cells, groups * num_classes)
     return equations.class_group_means(sums, counts, groups)
 

@@ -15,6 +15,10 @@ EPS = 1e-6
 """Length below which a vector counts as zero when it is normalised."""
 
 
+_ABSENT, _SUM = -100, 2
+"""The target of a row that does not count, and torch's number for reduction="sum"."""
+
+
 class MVSCTerms(NamedTuple):
     """The three terms of the loss, unweighted scalars.
 
@@ -147,14 +151,16 @@ def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature:
         >>> round(alignment_loss(means, torch.eye(2), present, temperature=1.0).item(), 4)
         0.3133
     """
-    cosines = unit(means) @ unit(targets).mT
-    absent = present.sum(dim=0) == 0
+    rows = [vectors.flatten(0, -2) for vectors in (means, targets)]
+    units, unit_targets = torch.split(unit(torch.cat(rows)), [len(each) for each in rows])
+    cosines = units.view_as(means) @ unit_targets.view_as(targets).mT
     # A finite mask value: -inf would turn a row without any class into NaN.
-    logits = (cosines / temperature).masked_fill(absent, torch.finfo(cosines.dtype).min)
+    lowest = torch.finfo(cosines.dtype).min
+    logits = torch.where(present.any(dim=0), cosines / temperature, lowest)
     return _cross_entropy_over_present(logits, present)
 
 
-def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
+def centroid_pull_loss(centroids: Tensor, halves: Tensor | None) -> Tensor:
     """Pull two random halves of the groups of each class together.
 
     Eq. (3), section 3.2: ``1 - cos(half_a, half_b)``, averaged over all classes; minimised as
@@ -162,25 +168,24 @@ def centroid_pull_loss(centroids: Tensor, order: Tensor) -> Tensor:
 
     Args:
         centroids: V, shape ``(groups, num_classes, dim)``.
-        order: a permutation of the groups, shape ``(groups,)``, int64. Its first
-            ``groups // 2`` entries are one half, the others the second.
+        halves: what each group weighs in the mean of the one half and of the other, shape
+            ``(2, groups)``, as ``mvsc.sampling.draw_halves`` returns it; None for a single group.
 
     Returns:
         Scalar in [0, 2], no unit; exactly 0 with zero gradients for a single group (R8).
 
     Example:
         >>> centroids = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-        >>> centroid_pull_loss(centroids, torch.tensor([1, 0])).item()
+        >>> centroid_pull_loss(centroids, torch.eye(2)).item()
         1.0
     """
-    groups, num_classes, _ = centroids.shape
-    if groups == 1:
+    groups, num_classes, dim = centroids.shape
+    if groups == 1 or halves is None:
         # The sum of nothing: zero, and connected to the graph.
         return centroids[:0].sum()
-    shuffled = centroids.index_select(0, order)
-    halves = torch.split(shuffled, [groups // 2, groups - groups // 2])
-    half_a, half_b = unit(torch.stack([half.mean(dim=0) for half in halves])).unbind()
-    return torch.rsub((half_a * half_b).sum(), 1, alpha=1 / num_classes)
+    means = (halves @ centroids.flatten(1)).view(2, num_classes, dim)
+    half_a, half_b = unit(means).flatten(1).unbind()
+    return torch.rsub(half_a.dot(half_b), 1, alpha=1 / num_classes)
 
 
 def enhance_centroids(centroids: Tensor, means: Tensor) -> Tensor:
@@ -255,10 +260,15 @@ def weighted_sum(terms: MVSCTerms, weights: tuple[float, float, float]) -> Tenso
 
 def _cross_entropy_over_present(logits: Tensor, present: Tensor) -> Tensor:
     """Average the cross-entropy of each present cell with its class as the target."""
-    # Row c has target c.
-    losses = -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
-    # where, not a product: 0 * NaN would be NaN.
-    return torch.where(present, losses, 0).sum() / present.sum().clamp_min(1)
+    # Row c has target c. What an absent one holds, NaN included, never matters.
+    classes = torch.arange(present.shape[-1], device=present.device)
+    targets = torch.where(present, classes, _ABSENT).flatten()
+    # What F.cross_entropy does, but with the number of rows that it has counted.
+    sum_and_count: tuple[Tensor, Tensor] = torch.ops.aten.nll_loss_forward(
+        logits.flatten(0, -2).log_softmax(dim=-1), targets, None, _SUM, _ABSENT
+    )
+    total, count = sum_and_count
+    return total / count.clamp_min(1)
 
 
 def _inverse_length(vectors: Tensor) -> Tensor:

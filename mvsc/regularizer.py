@@ -28,7 +28,6 @@ from mvsc.sampling import (
     draw_groups,
     draw_halves,
     labels_on_grid,
-    stream_key,
 )
 from mvsc.stepping import MakeOptimizer, Stepper
 from mvsc.watch import Watch
@@ -342,8 +341,7 @@ class MVSCRegularizer(nn.Module):
             ``groups * num_classes`` for one that does not count.
         """
         rank = distributed.rank(self.process_group)
-        key = stream_key(self.seed, self.step, rank)
-        return draw_groups(grid, self.groups, self.num_classes, key)
+        return draw_groups(grid, self.groups, self.num_classes, self.step, self.seed, rank)
 
     def cell_means(self, features: Tensor, labels: Tensor) -> CellMeans:
         """Average the features of each cell: Eq. (1), with labels brought to the grid (R15).
@@ -390,8 +388,10 @@ class MVSCRegularizer(nn.Module):
         Returns:
             Scalar.
         """
-        order = draw_halves(self.groups, stream_key(self.seed, self.step))
-        return equations.centroid_pull_loss(centroids, order)
+        halves = None
+        if self.groups > 1:
+            halves = draw_halves(self.groups, self.step, self.seed, centroids.dtype)
+        return equations.centroid_pull_loss(centroids, halves)
 
     def enhanced(self, cells: CellMeans, centroids: Tensor) -> Tensor:
         """Compute V' of Eq. (4); V itself without ``enhance``.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
 """What torch 2.6 cannot index on the CPU."""
@@ -134,22 +134,9 @@ def commonest_on_grid(
     return torch.where(reached, winner, centres)
 
 
-def stream_key(seed: int, step: Tensor, rank: int = 0) -> Tensor:
-    """Mix seed, step and rank into the key of one step's draws.
-
-    Args:
-        seed: any integer; its low 64 bits count.
-        step: the number of the step, int64 scalar.
-        rank: of the process, so that processes with the same seed split differently.
-
-    Returns:
-        int64 scalar, on the device of ``step``.
-    """
-    word = _signed(_mix(_mix(seed) ^ rank))
-    return (step * _signed(_GOLDEN)) ^ word
-
-
-def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> Tensor:
+def draw_groups(
+    labels: Tensor, groups: int, num_classes: int, step: Tensor, seed: int = 0, rank: int = 0
+) -> Tensor:
     """Split the pixels of each class into G groups, at random and as evenly as possible.
 
     The split of Eq. (1) as a balanced random partition (reading R9): the sizes of the groups
@@ -160,7 +147,9 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
             :func:`labels_on_grid` returns it.
         groups: G.
         num_classes: C.
-        key: of this step, from :func:`stream_key`.
+        step: the number of the step, int64 scalar.
+        seed: any integer; its low 64 bits count.
+        rank: of the process, so that processes with the same seed split differently.
 
     Returns:
         The cell ``group * num_classes + label`` of each pixel, int64, same shape;
@@ -168,7 +157,7 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
 
     Example:
         >>> labels = torch.tensor([[[0, 0, 0, 0, 1, 2]]])
-        >>> cells = draw_groups(labels, groups=2, num_classes=2, key=torch.tensor(0))
+        >>> cells = draw_groups(labels, groups=2, num_classes=2, step=torch.tensor(0))
         >>> torch.bincount(cells.flatten(), minlength=5)[[0, 2, 4]].tolist()
         [2, 2, 1]
     """
@@ -176,58 +165,91 @@ def draw_groups(labels: Tensor, groups: int, num_classes: int, key: Tensor) -> T
         return labels
     flat = labels.flatten()
     pixels = len(flat)
-    # One hash for all that is drawn, a number for each pixel and then for each class: on a GPU
+    # One draw, a number for each pixel and then for each class, of 32 bits with a sign: on a GPU
     # each of these small operations costs a launch.
-    numbers = _hash(_kept(_mixed_numbers, labels, pixels + num_classes + 1, 0), key)
-    # Sorting by (class, hash) puts the pixels of each class in random order, one after the
-    # other. Hashes are below 2^31 in size. A sort that is stable has one answer, also where two
-    # of them are equal.
+    numbers = _draw(pixels + num_classes + 1, step, seed, rank, 0) >> 32
+    # Sorting by (class, number) puts the pixels of each class in random order, one after the
+    # other. A sort that is stable has one answer, also where two of them are equal.
     order = numbers[:pixels].add(flat, alpha=2**32).sort(stable=True).indices
     label = flat.index_select(0, order)
     # Dealt in turn from a random first group, so the remainder goes to random groups.
-    first_group = numbers[pixels:].remainder(groups).index_select(0, label)
+    first_group = numbers[pixels:].index_select(0, label)
     group = _kept(_counted, labels, pixels).add(first_group).remainder(groups)
-    cells = label.add(group, alpha=num_classes)
-    cells = cells.masked_fill(label == num_classes, groups * num_classes)
+    names = _kept(_cells, labels, groups, num_classes)
+    cells = names.index_select(0, label.add(group, alpha=num_classes + 1))
     return torch.empty_like(flat).scatter_(0, order, cells).view_as(labels)
 
 
-def draw_halves(groups: int, key: Tensor) -> Tensor:
-    """Draw the order of the groups whose first half Eq. (3) sets against the rest (R7).
+def draw_halves(
+    groups: int, step: Tensor, seed: int = 0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Draw the two halves of the groups that Eq. (3) sets against each other (R7).
 
     Args:
-        groups: G.
-        key: of this step, from :func:`stream_key`.
+        groups: G, at least 2.
+        step: as in :func:`draw_groups`.
+        seed: as in :func:`draw_groups`.
+        dtype: of what is returned, a floating one; torch's default dtype if None.
 
     Returns:
-        A permutation of ``0 .. groups - 1``, int64.
+        What each group weighs in the mean of either half, shape ``(2, groups)``:
+        ``groups // 2`` groups count in the first row, the others in the second.
+
+    Example:
+        >>> draw_halves(3, torch.tensor(0)).sort().values.tolist()
+        [[0.0, 0.0, 1.0], [0.0, 0.5, 0.5]]
     """
-    return _hash(_kept(_mixed_numbers, key, groups, 1), key).argsort(stable=True)
+    weights = _kept(_halves, step, groups, dtype or torch.get_default_dtype())
+    return weights.index_select(1, draw_order(groups, step, seed))
 
 
-# The hash works on 64 bits, which wrap around in int64. The numbers of pixels do not change, so
-# the larger part of the mixing is done once for each size (splitmix64, by Steele, Lea and Flood);
-# the rest brings in the key of the step.
+def draw_order(count: int, step: Tensor, seed: int = 0) -> Tensor:
+    """Draw a permutation of ``0 .. count - 1``, int64, the same on every process.
+
+    Args:
+        count: how many.
+        step: as in :func:`draw_groups`.
+        seed: as in :func:`draw_groups`.
+    """
+    return _draw(count, step, seed, 0, 1).argsort(stable=True)
+
+
+# The hash works on 64 bits, which wrap around in int64. What a pixel's number, the seed and the
+# rank give does not change, so it is mixed once for each size (splitmix64, by Steele, Lea and
+# Flood); a step turns about half of the bits, another half in each step, and a product carries
+# them to the upper bits, which are what is used.
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _hash(numbers: Tensor, key: Tensor) -> Tensor:
-    """Hash mixed numbers with a key to integers of 32 bits with a sign."""
-    mixed = (numbers ^ key) * _signed(_FIRST)
-    return ((mixed ^ (mixed >> 32)) * _signed(_SECOND)) >> 32
+def _draw(count: int, step: Tensor, seed: int, rank: int, stream: int) -> Tensor:
+    """Draw integers of 64 bits with a sign, whose upper halves are random."""
+    word = _signed(_mix(_mix(_mix(seed) ^ rank) ^ stream))
+    numbers = _kept(_mixed_numbers, step, count, word)
+    return (numbers ^ (step * _signed(_GOLDEN))) * _signed(_FIRST)
 
 
-def _mixed_numbers(count: int, stream: int, device: torch.device) -> Tensor:
-    """Mix the numbers from 0 to ``count``, another way for each stream."""
+def _mixed_numbers(count: int, word: int, device: torch.device) -> Tensor:
+    """Mix the numbers from 0 to ``count`` with a word."""
     # inductor multiplies an arange as an index, in integers that never wrap around, and refuses
     # what no int64 holds; after a bitwise operation it multiplies as the tensor does.
-    numbers = (torch.arange(count, device=device) ^ 0) * _signed(_GOLDEN)
-    numbers = numbers + _signed(_mix(stream + 1))
+    numbers = (torch.arange(count, device=device) ^ 0) * _signed(_GOLDEN) + word
     numbers = (numbers ^ (numbers >> 30)) * _signed(_FIRST)
     numbers = (numbers ^ (numbers >> 27)) * _signed(_SECOND)
     return numbers ^ (numbers >> 31)
+
+
+def _cells(groups: int, num_classes: int, device: torch.device) -> Tensor:
+    """Name the cell of each (group, label), also of the label of pixels that do not count."""
+    cells = torch.arange(groups * num_classes, device=device).view(groups, num_classes)
+    return nn.functional.pad(cells, (0, 1), value=groups * num_classes).flatten()
+
+
+def _halves(groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    first = groups // 2
+    in_first = (torch.arange(groups, device=device) < first).to(dtype)
+    return torch.stack([in_first / first, (1 - in_first) / (groups - first)])
 
 
 def _counted(count: int, device: torch.device) -> Tensor:

@@ -96,23 +96,24 @@ def batches(draw: st.DrawFn, **options: object) -> Batch:
 def draws(step: Batch) -> tuple[Tensor, Tensor]:
     """Repeat what the step that was just taken has drawn."""
     reg, size = step.reg, step.as_map(step.features).shape[2:]
-    key = sampling.stream_key(reg.seed, reg.step)
     grid = sampling.labels_on_grid(step.labels, size, reg.num_classes, reg.ignore_index)
-    cells = sampling.draw_groups(grid, reg.groups, reg.num_classes, key)
-    return cells, sampling.draw_halves(reg.groups, key)
+    cells = sampling.draw_groups(grid, reg.groups, reg.num_classes, reg.step, reg.seed)
+    if reg.groups == 1:
+        return cells, torch.eye(2)[:, :1]
+    return cells, sampling.draw_halves(reg.groups, reg.step, reg.seed)
 
 
 def by_oracle(step: Batch, features, centroids, weight, bias):
     """Compute the weighted sum of the step that was just taken in NumPy."""
     reg, features = step.reg, step.as_map(features)
-    cells, order = draws(step)
+    cells, halves = draws(step)
     grid = oracle.labels_on_grid(
         step.labels.numpy(), features.shape[2:], reg.num_classes, reg.ignore_index
     )
     means = oracle.means(
         features, grid, (cells // reg.num_classes).numpy(), reg.groups, reg.num_classes
     )
-    half_a, half_b = order[: reg.groups // 2].tolist(), order[reg.groups // 2 :].tolist()
+    half_a, half_b = (half.nonzero().flatten().tolist() for half in halves)
     # Inside a uniform region each place of a wide kernel sees the same vector (R13).
     weight = weight.reshape(*weight.shape[:2], -1).sum(-1)
     return oracle.total(

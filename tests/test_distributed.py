@@ -345,21 +345,20 @@ def cell_sums(model, reg, rank, step):
     """Repeat in this process what process ``rank`` sums up in its step."""
     images, labels = batch(rank, step)
     features, logits = model(images)
-    key = sampling.stream_key(reg.seed, reg.step, rank)
     grid = sampling.labels_on_grid(labels, labels.shape[1:], CLASSES, 255)
-    cells = sampling.draw_groups(grid, GROUPS, CLASSES, key)
+    cells = sampling.draw_groups(grid, GROUPS, CLASSES, reg.step, reg.seed, rank)
     return *segment_sum(features, cells, GROUPS * CLASSES), cross_entropy(logits, labels)
 
 
 def loss_of(model, reg, sums, counts):
     means, present = equations.class_group_means(sums, counts, GROUPS)
-    order = sampling.draw_halves(GROUPS, sampling.stream_key(reg.seed, reg.step))
+    halves = sampling.draw_halves(GROUPS, reg.step, reg.seed, reg.centroids.dtype)
     weight, bias = model.classifier.weight[:, :, 0, 0], model.classifier.bias
     targets = equations.global_centroids(reg.centroids)
     return reg.total(
         equations.MVSCTerms(
             equations.alignment_loss(means, targets, present, reg.temperature),
-            equations.centroid_pull_loss(reg.centroids, order),
+            equations.centroid_pull_loss(reg.centroids, halves),
             equations.centroid_classification_loss(
                 equations.enhance_centroids(reg.centroids, means) @ weight.T + bias, present
             ),
@@ -519,10 +518,7 @@ def test_inside_distributed_data_parallel_the_counter_is_that_of_the_first_proce
 
 def test_each_process_draws_its_own_split():
     labels, step = torch.zeros(1, 8, 8, dtype=torch.int64), torch.tensor(1)
-    splits = [
-        sampling.draw_groups(labels, GROUPS, 1, sampling.stream_key(0, step, rank))
-        for rank in range(2)
-    ]
+    splits = [sampling.draw_groups(labels, GROUPS, 1, step, 0, rank) for rank in range(2)]
     assert not torch.equal(*splits)
 
 

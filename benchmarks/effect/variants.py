@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mvsc import MVSCRegularizer, MVSCTerms, equations
 from mvsc.regularizer import CellMeans
-from mvsc.sampling import draw_halves, stream_key
+from mvsc.sampling import draw_order
 from rivals import own
 
 Ask = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ class ByImage(Variant):
     """Deals whole images to the groups, so that the means of a class differ as images do."""
 
     def split(self, grid: Tensor, features: Tensor) -> Tensor:
-        order = draw_halves(len(grid), stream_key(self.seed, self.step))
+        order = draw_order(len(grid), self.step, self.seed)
         return self.cells(order[:, None, None] % self.groups, grid)
 
 
