@@ -71,8 +71,10 @@ def reads_rows(classifier: object) -> bool:
 
 def reads_axes(classifier: object) -> int | None:
     """Return how many spatial axes the convolutions of a module read; None if it has none."""
-    layers = classifier.modules() if isinstance(classifier, nn.Module) else ()
-    return next((len(m.kernel_size) for m in layers if isinstance(m, _ConvNd)), None)
+    for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
+        if isinstance(layer, _ConvNd):
+            return len(layer.kernel_size)
+    return None
 
 
 def is_sharded(module: object) -> bool:
