@@ -30,7 +30,10 @@ PLAIN, MVSC = ARMS = ("cross-entropy", "with MVSC")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder")
     parser.add_argument("--images", type=int, default=240, help="for training; half to validate")
     parser.add_argument("--epochs", type=int, default=12, help="0: only write the mosaics")
