@@ -115,6 +115,7 @@ def print_table(runs):
         plain, ours = ([run[name] for run in runs[arm]] for arm in ARMS)
         gain = spread(np.subtract(ours, plain), "+.2f")
         print(f"{name:20}{spread(plain):>18}{spread(ours):>18}{gain:>18}")
+    print("(ms a step: two runs, one after the other. docs/cost.md measures what MVSC costs.)")
 
 
 def spread(values, form=".2f"):

@@ -739,6 +739,16 @@ def test_a_single_logit_is_two_classes(images, labels):
         MVSCRegularizer(3, DIM)(features, labels % 2, model.classifier)
 
 
+def test_a_model_may_be_moved_after_it_was_attached(images, labels):
+    model = Net()
+    reg = attach(model)
+    model.to("meta")
+    model(images.to("meta"))
+    with pytest.raises(ValueError, match=r"Move the regularizer with \.to\('meta'\)"):
+        reg(labels.to("meta"))
+    assert reg.to("meta")(labels.to("meta")).device.type == "meta"
+
+
 def test_a_setting_is_set_where_it_has_an_effect(images, labels):
     model = Net()
     reg = attach(model)
