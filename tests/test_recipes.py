@@ -228,6 +228,18 @@ def test_a_run_that_fails_at_its_first_batch_does_not_block_the_next(folder, tmp
     train(tiny(folder, tmp_path, steps=2, batch_size=2))
 
 
+def test_a_run_from_before_there_was_a_setting_had_its_default(folder, tmp_path):
+    recipe = tiny(folder, tmp_path)
+    before = recipe.to_dict()
+    del before["reg"]["grid_label"]
+    training.check_same(recipe, before)
+    sparse = replace(recipe, reg=RegularizerOptions(grid_label="commonest"))
+    with pytest.raises(ValueError, match="'grid_label': 'centre'.*, is .*'commonest'"):
+        training.check_same(sparse, before)
+    model = models.build(sparse, 3).model
+    assert training.regularize(model, sparse).regularizer.grid_label == "commonest"
+
+
 def test_a_finished_run_that_is_resumed_has_its_scores(folder, tmp_path):
     recipe = tiny(folder, tmp_path, steps=2, resume=True)
     assert train(recipe) == train(recipe)

@@ -422,9 +422,10 @@ class Run:
 def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
     """Raise if the run in a recipe's folder was made with other settings."""
     now = recipe.to_dict()
-    changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    before = Recipe.from_dict(before).to_dict()  # with settings that were not there then
+    changed = [name for name in now if name not in FREE and now[name] != before[name]]
     if changed:
-        listed = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+        listed = ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in changed)
         raise ValueError(
             f"{recipe.folder} holds a run with other settings: {listed}. Resume it with its own, "
             "or choose another folder with --out."
