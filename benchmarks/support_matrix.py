@@ -263,6 +263,13 @@ def render() -> None:
         f"{len(rows)} models of {len(libraries)} libraries: {len(rows) - refused} work, {told} of "
         f"them as the refusal of a bare `attach(model)` says to write; {refused} have no pixel "
         "classifier and are refused with what to do; none is picked wrong.",
+        "",
+        "- **classifier**: the path that is taken, `reg.classifier_path`. **kernel**: its size.",
+        "  **D**: how many features it reads. **stride**: sides of the image to those of its map.",
+        "- **tap**: where features are taken, at the classifier's input or before a dropout there.",
+        "- **result**: *works* with a bare `attach(model)`; *with `example=`* or *named* with what",
+        "  the error of a bare one says to add; *refused* with what to do instead.",
+        "- **note**: the wrapper that a library needs, a recipe, or what is peculiar.",
     ]
     for library in libraries:
         mine = [row for row in rows if row.library == library]

@@ -43,6 +43,9 @@ nitpick_ignore_regex = [
     )
 ]
 
+# Links to files beside the docs are for readers of the repository; tests/test_docs.py checks them.
+suppress_warnings = ["myst.xref_missing"]
+
 html_theme = "furo"
 html_title = "mvsc"
 html_static_path = ["_static"]

@@ -82,8 +82,10 @@ def attach(
     sizes = {"dim": dim, "num_classes": max(logits, 2)}  # one logit stands for two classes
     for name, found in sizes.items():
         if options.get(name, found) != found:
+            single = name == "num_classes" and logits == 1
+            one = ", whose one logit stands for two classes" if single else ""
             raise ValueError(
-                f"{name} must be that of the classifier, {found} of {path!r}, got "
+                f"{name} must be that of the classifier, {found} of {path!r}{one}, got "
                 f"{options[name]}. Name another layer, classifier=..., or leave it out."
             )
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))

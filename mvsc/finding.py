@@ -100,9 +100,11 @@ def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
     if classifier in paths.values():
         return classifier
     near = difflib.get_close_matches(classifier, paths.values(), n=5, cutoff=0.4)
+    there = near or [name for name, _ in _linear_layers(model)][-_LISTED:]
     raise ClassifierNotFoundError(
-        f"classifier must be the path of a module of {type(model).__name__}, got "
-        f"{classifier!r}. The nearest are {', '.join(map(repr, near)) or 'none'}."
+        f"classifier must be the path of a module of {type(model).__name__}, got {classifier!r}. "
+        f"{'The nearest are' if near else 'Its last linear layers are'} "
+        f"{', '.join(map(repr, there)) or 'none'}."
     )
 
 
@@ -267,7 +269,13 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
         return proven[0] if path is None else path
     fits = "its output is the logits"
     listed = {name: reason or fits for name, reason in reasons.items()}
-    raise _not_found(model, listed, refuted=[name for name in reasons if reasons[name]])
+    refuted = [name for name in reasons if reasons[name]]
+    if bool(((logits >= 0) & (logits <= 1)).all()):
+        open_still = refuted if path is None else [path]
+        refuted = [name for name in refuted if name not in open_still]
+        for name in open_still:
+            listed[name] += "; but the model returns probabilities, so no example can prove it"
+    raise _not_found(model, listed, refuted)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

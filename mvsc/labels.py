@@ -24,9 +24,10 @@ def check_labels(
     is open, it may have more spatial axes than they have; None if the caller takes no ``grid=``.
     """
     if not isinstance(labels, Tensor):
+        array = isinstance(labels, list | tuple) or hasattr(labels, "__array__")
+        remedy = "Use torch.as_tensor(labels)." if array else "Pass the label map of the batch."
         raise TypeError(
-            f"labels must be an integer tensor of class indices, got {describe(labels)}. "
-            "Use torch.as_tensor(labels)."
+            f"labels must be an integer tensor of class indices, got {describe(labels)}. {remedy}"
         )
     axes = 2 if features is None else features.ndim - 2
     fits = labels.ndim - 1 == axes or (tokens and labels.ndim in (3, 4) and is_integer(labels))
@@ -81,11 +82,19 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
         for value, count in zip(values[:5].tolist(), counts[:5].tolist(), strict=True)
     )
     more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
+    remedy = ""
+    for mark in {-100, 255}.intersection(values.tolist()):
+        remedy = (
+            f" If {mark} marks unlabelled pixels, use attach(model, ignore_index={mark}) or "
+            f"MVSCRegularizer(..., ignore_index={mark})."
+        )
+        if mark == 255 and num_classes == 2:
+            remedy += " For a mask of 0 and 255 pass labels // 255."
     raise ValueError(
         f"labels must be in 0 .. {num_classes - 1} or ignore_index={ignore_index}, "
         f"got {found}{more}. The usual causes: class indices that start at 1 "
         "(reduce_zero_label), a wrong num_classes, or unlabelled pixels under another number "
-        "(ignore_index)."
+        f"(ignore_index).{remedy}"
     )
 
 

@@ -66,7 +66,7 @@ class MVSCRegularizer(nn.Module):
     when a model that owns the regularizer is cast to half precision.
 
     Args:
-        num_classes: C, at least 1.
+        num_classes: C, at least 2.
         dim: D, the width of the features that enter the classifier, at least 1.
         groups: G, the number of centroids of each class, at least 1. The paper's best is 4.
         temperature: tau of Eq. (2), at least 1e-30.
@@ -157,6 +157,11 @@ class MVSCRegularizer(nn.Module):
         self.process_group = process_group
         for name in _SIZES:
             checks.check_positive_int(name, getattr(self, name))
+        if num_classes == 1:  # Eq. (2) and L_v would be 0, without a word.
+            raise ValueError(
+                "num_classes must be at least 2, got 1. One logit stands for two classes, with "
+                "the labels 0 and 1: build MVSCRegularizer with num_classes=2."
+            )
         default = default_ignore_index(num_classes)
         self.ignore_index = default if ignore_index is None else ignore_index
         self._check_settings()
@@ -527,6 +532,7 @@ class MVSCRegularizer(nn.Module):
         watch.notice_sizes(tuple(features.shape[2:]), tuple(labels.shape[1:]))
         if watch.may_read(labels):
             check_label_values(labels, self.num_classes, self.ignore_index)
+            watch.notice_mask(labels, self.num_classes)
             if self.grid_label == "centre" and labels.shape[1:] != features.shape[2:]:
                 watch.notice_lost_labels(
                     labels, features.shape[2:], self.num_classes, self.ignore_index

@@ -49,6 +49,7 @@ class Watch:
     def __init__(self) -> None:
         self.checks_left = _STEPS_CHECKED_ON_DEVICE
         self.loss_checks_left = _STEPS_CHECKED_FOR_LOSS
+        self.masks_left = _STEPS_CHECKED_ON_DEVICE
         self.said: set[str] = set()
         self.idle_steps, self.version_seen = 0, 0
         self.values_seen: Tensor | None = None
@@ -123,6 +124,22 @@ class Watch:
             'image, so nothing is learned from them. Use grid_label="commonest" for points and '
             "strokes.",
         )
+
+    def notice_mask(self, labels: Tensor, num_classes: int) -> None:
+        """Warn if two classes seem to be a mask of 0 and 255, which is ignored."""
+        if self.masks_left == 0 or num_classes != 2:
+            return
+        if bool((labels == 1).any()):
+            self.masks_left = 0
+        elif bool((labels == 255).any() and (labels == 0).any()):
+            self.masks_left -= 1
+            if self.masks_left == 0:
+                self.say(
+                    "mask",
+                    "the labels hold no pixel of class 1 so far, but some of 255, which are "
+                    "ignored. For masks of 0 and 255 pass labels // 255. If 255 marks unlabelled "
+                    "pixels, all is well.",
+                )
 
     def notice_idle_centroids(self, centroids: Tensor, own: bool = False) -> None:
         """Warn if no optimizer moves the centroids, though they have a gradient."""

@@ -68,7 +68,7 @@ def batches(draw: st.DrawFn, **options: object) -> Batch:
     """Draw batches with absent classes, everything ignored, one pixel, odd groups, more groups
     than pixels, labels of another size, and none at all.
     """
-    num_classes = draw(st.integers(1, 4))
+    num_classes = draw(st.integers(2, 4))
     dim = draw(st.integers(1, 4))
     groups = draw(st.integers(1, 5))
     batch = draw(st.integers(0, 2))

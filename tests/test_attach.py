@@ -733,10 +733,20 @@ def test_a_single_logit_is_two_classes(images, labels):
     logits = model.classifier(explicit.centroids.flatten(0, 1)[:, :, None, None]).flatten()
     target = torch.arange(2.0).repeat(4)
     assert_close(found.classify, F.binary_cross_entropy_with_logits(logits, target))
-    with pytest.raises(ValueError, match=r"num_classes must be that of the classifier, 2 of"):
+    with pytest.raises(ValueError, match=r"2 of 'classifier', whose one logit stands for"):
         attach(Net(classes=1), classifier="classifier", num_classes=1)
     with pytest.raises(ValueError, match=r"got one, which stands for two classes.*num_classes=2"):
         MVSCRegularizer(3, DIM)(features, labels % 2, model.classifier)
+
+
+def test_a_model_may_be_moved_after_it_was_attached(images, labels):
+    model = Net()
+    reg = attach(model)
+    model.to("meta")
+    model(images.to("meta"))
+    with pytest.raises(ValueError, match=r"Move the regularizer with \.to\('meta'\)"):
+        reg(labels.to("meta"))
+    assert reg.to("meta")(labels.to("meta")).device.type == "meta"
 
 
 def test_a_setting_is_set_where_it_has_an_effect(images, labels):

@@ -27,6 +27,11 @@ def test_sizes_are_positive_whole_numbers(name):
             MVSCRegularizer(**{**sizes, name: value})
 
 
+def test_one_class_is_refused_since_nothing_would_be_learned():
+    with pytest.raises(ValueError, match=r"at least 2, got 1. One logit .* with num_classes=2\."):
+        MVSCRegularizer(1, 6)
+
+
 def test_the_temperature_is_above_zero():
     for value in (0, -0.1):
         with pytest.raises(
@@ -85,6 +90,8 @@ def test_wrong_features_are_named_with_the_remedy(features, error, message):
     ("labels", "error", "message"),
     [
         ([0], TypeError, r"labels must be an integer tensor of class indices, got list \[0\]"),
+        (LABELS[0].numpy(), TypeError, r"got ndarray. Use torch.as_tensor\(labels\)\."),
+        (None, TypeError, r"got NoneType None. Pass the label map of the batch\."),
         (LABELS.float(), TypeError, r"got torch.float32. Use labels.long\(\)"),
         (LABELS.bool(), TypeError, r"got torch.bool. Use labels.long\(\)"),
         (LABELS.unsqueeze(1), ValueError, r"got \(2, 1, 8, 8\). Use labels.squeeze\(1\)"),
@@ -99,6 +106,16 @@ def test_wrong_features_are_named_with_the_remedy(features, error, message):
 def test_wrong_labels_are_named_with_the_remedy(labels, error, message):
     with pytest.raises(error, match=message):
         call(labels=labels)
+
+
+def test_a_number_that_often_means_unlabelled_is_named_with_the_line():
+    for mark, options in ((-100, {}), (255, {"ignore_index": -100})):
+        line = rf"attach\(model, ignore_index={mark}\) or .*\(\.\.\., ignore_index={mark}\)\.$"
+        with pytest.raises(ValueError, match=line):
+            call(labels=torch.where(LABELS < 9, mark, LABELS), **options)
+    two = MVSCRegularizer(2, 6, ignore_index=-100)
+    with pytest.raises(ValueError, match=r"For a mask of 0 and 255 pass labels // 255\.$"):
+        two(FEATURES, LABELS + 255, nn.Conv2d(6, 1, 1))
 
 
 def test_labels_out_of_range_are_listed_with_the_usual_causes():

@@ -259,6 +259,16 @@ def test_other_transposed_convolutions_are_refused_with_the_way_out(settings):
             )
 
 
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Softmax2d(), nn.Sigmoid()])
+def test_a_classifier_that_ends_in_probabilities_is_refused(last):
+    reg = MVSCRegularizer(CLASSES, DIM)
+    inputs = torch.randn(2, DIM, 4, 4), torch.zeros(2, 4, 4).long()
+    classifier = nn.Sequential(conv(), last)
+    with pytest.raises(ValueError, match=rf"ends in {type(last).__name__}\..*classifier\[:-1\]"):
+        reg(*inputs, classifier)
+    assert_close(reg.eval()(*inputs, classifier[:-1]), reg(*inputs, conv()))
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_logit_is_two_classes_of_a_sigmoid(inside, bias):

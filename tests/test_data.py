@@ -393,8 +393,9 @@ def test_a_truncated_file_is_named(tmp_path, layout, kind):
     whole = path.read_bytes()
     for kept in (0, 7, 30, len(whole) // 4):
         path.write_bytes(whole[:kept])
-        with pytest.raises(ValueError, match=rf"{path} cannot be read"):
+        with pytest.raises(ValueError, match=rf"{path} cannot be read") as error:
             found[1]
+        assert "BufferedReader" not in str(error.value)
 
 
 @pytest.mark.parametrize(("chunk", "length"), [(b"IHDR", 5), (b"IDAT", 20)])
@@ -532,6 +533,14 @@ def test_an_empty_folder_is_named_with_the_command_that_fills_it(tmp_path):
             data.open_split(layout, tmp_path, "train")
     with pytest.raises(ValueError, match=rf"{tmp_path / 'classes.txt'} is missing"):
         data.open_split("folder", tmp_path, "train")
+
+
+def test_a_folder_that_is_not_there_is_named_with_the_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for layout in data.DATA_SETS:
+        expected = rf"^nope is no folder, seen from {tmp_path}\. .* with --data-root\."
+        with pytest.raises(ValueError, match=expected):
+            data.open_split(layout, "nope", "val")
 
 
 def test_hidden_files_are_not_images(folder):

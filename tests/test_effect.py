@@ -283,7 +283,7 @@ def test_an_arm_that_trains_longer_has_more_steps(folder):
 
 
 def test_deviations_of_the_groups_stay_in_the_value():
-    reg = variants.Deviation(num_classes=1, dim=1, groups=2)
+    reg = variants.Deviation(num_classes=2, dim=1, groups=2)
     means = torch.tensor([[[4.0]], [[1.0]]], requires_grad=True)  # of 1 and 2 pixels: 2 in all
     enhanced = reg.enhanced(of_cells([[1], [2]], means), torch.tensor([[[10.0]], [[20.0]]]))
     assert enhanced.flatten().tolist() == [12.0, 19.0]
@@ -339,7 +339,7 @@ def test_absent_classes_are_classified_too():
 
 
 def test_groups_that_are_apart_cost_nothing():
-    reg = variants.Apart(num_classes=1, dim=3, groups=3)
+    reg = variants.Apart(num_classes=2, dim=3, groups=3)
     with torch.no_grad():
         reg.centroids.copy_(torch.tensor([2.0, 3.0, 0.5])[:, None, None] * torch.eye(3)[:, None])
         assert reg.pull(reg.centroids) == 0

@@ -72,6 +72,18 @@ def test_a_wrong_path_shows_the_nearest():
         attach(Net(), classifier="clasifier")
 
 
+def test_a_model_that_returns_probabilities_is_told_to_name_its_layer(images):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), nn.Conv2d(DIM, CLASSES, 1), nn.Softmax(1))
+    with pytest.raises(ClassifierNotFoundError, match="but the model returns prob") as error:
+        attach(model, example=images)
+    assert 'name it: mvsc.attach(model, classifier="1").' in str(error.value)
+
+
+def test_a_path_that_is_near_to_nothing_shows_the_linear_layers():
+    with pytest.raises(ClassifierNotFoundError, match="last linear layers are .*, 'classifier'"):
+        attach(Net(), classifier="qqq")
+
+
 def test_a_module_of_another_model_raises():
     with pytest.raises(ValueError, match="a module of the model, got a Conv2d outside of it"):
         attach(Net(), classifier=Net().classifier)

@@ -234,8 +234,9 @@ def test_an_example_proves_a_known_layout_too():
     smp = pytest.importorskip("segmentation_models_pytorch")
     settings = {"encoder_weights": None, "classes": CLASSES, "activation": "softmax2d"}
     model = smp.Linknet("resnet18", **settings)
-    with pytest.raises(ClassifierNotFoundError, match=r"segmentation_head\.0.*not the logits"):
+    with pytest.raises(ClassifierNotFoundError, match="not the logits; .* probabilities") as error:
         attach(model, example=torch.randn(1, 3, 64, 64))
+    assert 'name it: mvsc.attach(model, classifier="segmentation_head.0")' in str(error.value)
     assert attach(model).classifier_path == "segmentation_head.0"
 
 

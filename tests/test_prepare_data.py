@@ -449,6 +449,9 @@ def test_a_check_prints_problems_and_frequencies_and_exits_with_1(tmp_path, monk
 
     wrong, missing = (data.open_split("folder", root, "val").pairs[i][1] for i in (0, 1))
     Image.fromarray(np.full((40, 56), 9, np.uint8)).save(wrong)
+    with pytest.raises(SystemExit):
+        prepare_data.command_line()
+    assert capsys.readouterr().out.splitlines()[-1] == "1 problem"
     missing.unlink()
     with pytest.raises(SystemExit) as done:
         prepare_data.command_line()

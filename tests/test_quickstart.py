@@ -40,6 +40,12 @@ def test_a_run_prints_both_arms_and_draws_their_predictions(monkeypatch, tmp_pat
     assert printed.count("Cosine of the centroids") == 2
 
 
+def test_the_help_shows_the_defaults(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    assert "(default: 240)" in capsys.readouterr().out
+
+
 def test_both_arms_see_the_same_weights_and_batches(monkeypatch, tmp_path):
     # With all weights 0 the regularizer adds exactly nothing: one more or one other draw from
     # the global random state would show in the trained models.

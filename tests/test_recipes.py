@@ -214,6 +214,32 @@ def test_a_run_is_not_overwritten_nor_resumed_with_other_settings(folder, tmp_pa
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_a_run_that_fails_at_its_first_batch_does_not_block_the_next(folder, tmp_path):
+    def failing(logits, labels):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(tiny(folder, tmp_path), failing)
+    broken = tiny_data.make_folder(tmp_path / "data", train=4)
+    for image in (broken / "images" / "train").iterdir():
+        image.write_text("no image")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(tiny(broken, tmp_path))
+    train(tiny(folder, tmp_path, steps=2, batch_size=2))
+
+
+def test_a_run_from_before_there_was_a_setting_had_its_default(folder, tmp_path):
+    recipe = tiny(folder, tmp_path)
+    before = recipe.to_dict()
+    del before["reg"]["grid_label"]
+    training.check_same(recipe, before)
+    sparse = replace(recipe, reg=RegularizerOptions(grid_label="commonest"))
+    with pytest.raises(ValueError, match="'grid_label': 'centre'.*, is .*'commonest'"):
+        training.check_same(sparse, before)
+    model = models.build(sparse, 3).model
+    assert training.regularize(model, sparse).regularizer.grid_label == "commonest"
+
+
 def test_a_finished_run_that_is_resumed_has_its_scores(folder, tmp_path):
     recipe = tiny(folder, tmp_path, steps=2, resume=True)
     assert train(recipe) == train(recipe)
@@ -221,17 +247,17 @@ def test_a_finished_run_that_is_resumed_has_its_scores(folder, tmp_path):
 
 def test_a_truncated_image_is_named_and_everything_before_it_is_saved(tmp_path):
     root = tiny_data.make_folder(tmp_path / "data", train=4)
-    broken = sorted((root / "images" / "train").iterdir())[2]
-    whole = broken.read_bytes()
     recipe = tiny(root, tmp_path / "run", batch_size=1, workers=1, crop=(64, 64))
     order = [draw.index for draws in loading.Batches(4, 1, 0, 4, recipe.seed) for draw in draws]
+    broken = sorted((root / "images" / "train").iterdir())[order[2]]
+    whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=broken.name) as kept:
         train(recipe)
     # Also while the exception is kept; at exit Python would wait for them for ever.
     assert multiprocessing.active_children() == []
     assert kept.traceback
-    assert state_of(recipe.out)["step"] == order.index(2)
+    assert state_of(recipe.out)["step"] == 2
     broken.write_bytes(whole)
     train(replace(recipe, resume=True))
     train(replace(recipe, out=tmp_path / "whole"))
@@ -476,9 +502,19 @@ def test_scores_are_those_of_a_matrix_worked_by_hand():
 def test_files_that_are_no_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"none.safetensors is missing"):
         weights.load_weights(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match=r"is a folder. Name .* runs/NAME/best.safetensors"):
+        weights.load_weights(tmp_path)
     (tmp_path / "bad.safetensors").write_text("hello")
     with pytest.raises(ValueError, match=r"bad.safetensors must be a .safetensors file"):
         weights.load_weights(tmp_path / "bad.safetensors")
+
+
+def test_a_device_that_is_not_there_is_named():
+    assert evaluate.pick_device("cpu") == torch.device("cpu")
+    missing = ["foo", *([] if torch.cuda.is_available() else ["cuda"])]
+    for name in missing:
+        with pytest.raises(ValueError, match=f"device must be one of this machine, got '{name}'"):
+            evaluate.pick_device(name)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -589,6 +625,20 @@ def test_predictions_are_masks_of_the_images_size_and_overlays(folder, tmp_path,
         with Image.open(tmp_path / "out" / f"{path.stem}_overlay.jpg") as overlay:
             assert overlay.mode == "RGB"
     assert "wrote 3 masks" in capsys.readouterr().out
+
+
+def test_a_broken_image_does_not_keep_the_others_from_being_predicted(folder, tmp_path, capsys):
+    train(tiny(folder, tmp_path / "run", steps=1))
+    (tmp_path / "broken.jpg").write_text("no image")
+    images = (tmp_path / "broken.jpg", *sorted((folder / "images" / "val").iterdir()))
+    path = tmp_path / "run" / "best.safetensors"
+    settings = predict.Settings(path, images, out=tmp_path / "out", device="cpu")
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read: it is no image"):
+        predict.main(settings)
+    assert {p.stem for p in (tmp_path / "out").glob("*_mask.png")} == {
+        f"{image.stem}_mask" for image in images[1:]
+    }
+    assert "wrote 2 masks" in capsys.readouterr().out
 
 
 def test_what_cannot_be_predicted_is_named(tmp_path):

@@ -372,6 +372,26 @@ def test_the_values_of_the_centroids_are_compared_once(monkeypatch):
     assert len(looked) == 1
 
 
+# A mask of 0 and 255 under an ignore_index of 255.
+
+
+def test_a_mask_of_0_and_255_is_noticed_once_it_came_three_times():
+    features, classifier = torch.randn(1, DIM, 4, 4), nn.Conv2d(DIM, 1, 1)
+    mask = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    mask[:, :2] = 255
+    unlabelled = torch.full_like(mask, 255)
+    reg = MVSCRegularizer(2, DIM, 1)
+    for labels in (mask, mask, unlabelled, 0 * mask):
+        reg(features, labels, classifier)
+    with pytest.warns(UserWarning, match=r"no pixel of class 1 .* pass labels // 255\."):
+        reg(features, mask, classifier)
+    reg(features, mask, classifier)  # A second warning would be an error.
+    right = MVSCRegularizer(2, DIM, 1)
+    right(features, mask // 255, classifier)
+    for _ in range(3):  # The second class was there: 255 means what it says.
+        right(features, mask, classifier)
+
+
 # Labels, none of which reaches the grid.
 
 

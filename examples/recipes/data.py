@@ -256,6 +256,11 @@ def list_split(layout: str, root: Path, split: str) -> SegmentationData:
     if split not in {"train", "val"}:
         raise ValueError(f'split must be "train" or "val", got {split!r}.')
     root = Path(root)
+    if not root.is_dir():
+        raise ValueError(
+            f"{root} is no folder, seen from {Path.cwd()}. Name that of the data set with "
+            f"--data-root. {remedy(layout, root)}"
+        )
     classes = tuple(read_classes(DATA_SETS[layout].classes or root / "classes.txt"))
     stored = next(each for each in DATA_SETS[layout].stored if is_there(each, root, split))
     part = getattr(stored, split)

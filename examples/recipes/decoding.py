@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy.io import loadmat
 
 IGNORE = 255
@@ -51,7 +51,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             Image.DecompressionBombWarning,
             Image.DecompressionBombError,
         ) as error:
-            raise ValueError(f"{path} cannot be read: {error}. Replace or remove it.") from error
+            # Its own words show the file object.
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "it is no image that Pillow knows" if unknown else error
+            raise ValueError(f"{path} cannot be read: {reason}. Replace or remove it.") from error
     with image:
         # Pillow turns a TIFF itself on loading. EXIF data that are broken turn nothing.
         with suppress(Exception):

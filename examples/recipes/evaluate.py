@@ -54,9 +54,20 @@ class Settings:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this name; of "auto", the best there is."""
+    """Return the device of this name; of "auto", the best there is.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device must be one of this machine, got {name!r}: {reason}. Leave it out for the "
+                "best there is."
+            ) from error
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -85,8 +85,13 @@ def main(settings: Settings) -> None:
     segmenter, recipe, _ = load_segmenter(settings.weights, device)
     settings.out.mkdir(parents=True, exist_ok=True)
     colours = (255 * class_colors()).round().astype(np.uint8)
+    failed = []
     for path in tqdm(paths, "predicting", mininterval=1):
-        image = torch.as_tensor(read_image(path)).to(device)
+        try:
+            image = torch.as_tensor(read_image(path)).to(device)
+        except ValueError as error:
+            failed.append(str(error))
+            continue
         size = (image.shape[1], image.shape[2])
         logits = logits_at(segmenter, image, size, recipe.scale, settings.window)
         classes = logits.argmax(dim=0).byte().cpu().numpy()
@@ -97,7 +102,9 @@ def main(settings: Settings) -> None:
         overlay = Image.fromarray((shades + light).round().astype(np.uint8))
         save(mask, settings.out / f"{path.stem}_mask.png", "PNG")
         save(overlay, settings.out / f"{path.stem}_overlay.jpg", "JPEG")
-    print(f"wrote {len(paths)} masks and overlays to {settings.out}")
+    print(f"wrote {len(paths) - len(failed)} masks and overlays to {settings.out}")
+    if failed:
+        raise ValueError("\n".join(failed))
 
 
 if __name__ == "__main__":

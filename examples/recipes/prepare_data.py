@@ -316,7 +316,7 @@ def report(layout: str, root: Path) -> int:
         print(frequencies(classes, found))
     for text in (*notes, *problems):
         print(text)
-    print(f"{len(problems)} problems")
+    print(f"{len(problems)} problem{'s' * (len(problems) != 1)}")
     return len(problems)
 
 

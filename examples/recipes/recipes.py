@@ -32,6 +32,8 @@ class RegularizerOptions:
     """Eq. 4: whether L_v reaches the features."""
     align_to: Literal["global", "group"] = "global"
     """Target of Eq. 2."""
+    grid_label: Literal["centre", "commonest"] = "centre"
+    """Label of a pixel of the feature map; "commonest" for points, strokes and sparse labels."""
     sync_means: bool = False
     """Whether means are taken over the pixels of all processes."""
 

@@ -142,7 +142,8 @@ def train(
             try:
                 parts = [next(batches) for _ in range(recipe.accumulate)]
             except ValueError:  # a broken file, which the error names
-                run.save(step)
+                if step > 0:
+                    run.save(step)
                 raise
             # Dropout depends on the step alone, so that no random state has to be kept.
             torch.manual_seed(key("step", recipe.seed, step, rank))
@@ -385,6 +386,8 @@ class Run:
         """Close the files that are written along the way, however the run ended."""
         if self.main:
             self.board.close()
+            if not self.state.exists() and not self.metrics.stat().st_size:
+                self.metrics.unlink()  # Nothing came of it: the folder is no run's.
 
     def _load(self) -> int:
         state = load_state(self.state)
@@ -419,9 +422,10 @@ class Run:
 def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
     """Raise if the run in a recipe's folder was made with other settings."""
     now = recipe.to_dict()
-    changed = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    before = Recipe.from_dict(before).to_dict()  # with settings that were not there then
+    changed = [name for name in now if name not in FREE and now[name] != before[name]]
     if changed:
-        listed = ", ".join(f"{name} was {before.get(name)}, is {now[name]}" for name in changed)
+        listed = ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in changed)
         raise ValueError(
             f"{recipe.folder} holds a run with other settings: {listed}. Resume it with its own, "
             "or choose another folder with --out."

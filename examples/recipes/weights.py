@@ -35,7 +35,10 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if the file is missing or is not such a file.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing. Name a .safetensors file that train.py wrote.")
+        raise ValueError(
+            f"{path} is {'a folder' if path.is_dir() else 'missing'}. Name a .safetensors file "
+            "that train.py wrote, as runs/NAME/best.safetensors."
+        )
     try:
         with safe_open(path, "pt") as file:
             metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
