@@ -68,7 +68,8 @@ def pick_device(name: str) -> torch.device:
                 f"device must be one of this machine, got {name!r}: {reason}. Leave it out for the "
                 "best there is."
             ) from error
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return best or torch.device("cpu")
 
 
 @torch.no_grad()
