@@ -34,6 +34,12 @@ _NO_OTHER_STEPPED = (
     'With one that is none, use optimizer="host" and step reg.parameters() in it.'
 )
 
+_KEPT = (
+    "the centroids still had the gradient of an earlier step when this one's was added, though an "
+    "optimizer has moved them since: model.zero_grad() does not know them. Call "
+    "optimizer.zero_grad(), or reg.zero_grad() beside model.zero_grad()."
+)
+
 
 def warn(message: str) -> None:
     """Warn at the line outside of mvsc and torch that led here."""
@@ -53,6 +59,7 @@ class Watch:
         self.said: set[str] = set()
         self.idle_steps, self.version_seen = 0, 0
         self.values_seen: Tensor | None = None
+        self.always_kept: Tensor | bool = True
         self.version_at_backward: int | None = None
 
     def forget_values(self) -> None:
@@ -152,7 +159,7 @@ class Watch:
             self.values_seen = None
         elif self.values_seen is None:
             # A fused optimizer moves values that autograd does not count: compare them, once.
-            self.values_seen = centroids.detach().clone()
+            self.values_seen, self.always_kept = centroids.detach().clone(), True
         elif self.idle_steps >= _IDLE_STEPS and not is_capturing(centroids.device):
             if torch.equal(self.values_seen, centroids):
                 self.say(
@@ -161,6 +168,8 @@ class Watch:
                     f"{_NO_OTHER_STEPPED if own else _NOT_IN_OPTIMIZER} (If all is right, then "
                     "gradients are accumulated for longer than that.)",
                 )
+            elif self.always_kept:
+                self.say("kept", _KEPT)
             self.said.add("idle")
             self.values_seen = None
 
@@ -174,6 +183,9 @@ class Watch:
         view = centroids.view_as(centroids)
 
         def before(_: Any) -> None:
+            if self.values_seen is not None:  # Autograd may not count what moves them.
+                kept = False if centroids.grad is None else centroids.grad.any()
+                self.always_kept = kept & self.always_kept
             version, before = centroids._version, self.version_at_backward
             self.version_at_backward = version
             moved = before is not None and version != before
@@ -181,13 +193,7 @@ class Watch:
                 return
             # Set to zero in place, or kept: that takes a look.
             if "kept" not in self.said and bool(centroids.grad.any()):
-                self.say(
-                    "kept",
-                    "the centroids still had the gradient of an earlier step when this one's was "
-                    "added, though an optimizer has moved them since: model.zero_grad() does not "
-                    "know them. Call optimizer.zero_grad(), or reg.zero_grad() beside "
-                    "model.zero_grad().",
-                )
+                self.say("kept", _KEPT)
             self.said.add("kept")
 
         view.register_hook(before)  # type: ignore[no-untyped-call]

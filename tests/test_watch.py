@@ -212,6 +212,13 @@ def test_accumulation_under_model_zero_grad_is_noticed_too():
         train(lambda model, optimizer, reg: model.zero_grad(), steps=8, accumulate=3)
 
 
+def test_it_is_noticed_under_a_fused_optimizer_too_which_autograd_does_not_count():
+    with pytest.warns(UserWarning, match=r"model\.zero_grad\(\) does not know them") as seen:
+        train(lambda model, optimizer, reg: model.zero_grad(), steps=210, fused=True)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(
     "clear",
@@ -223,8 +230,8 @@ def test_accumulation_under_model_zero_grad_is_noticed_too():
     ],
     ids=["none", "zeros", "both", "by hand"],
 )
-def test_a_gradient_that_is_cleared_is_quiet(clear, accumulate):
-    train(clear, steps=7, accumulate=accumulate)
+def test_a_gradient_that_is_cleared_is_quiet(clear, accumulate, fused):
+    train(clear, steps=120 if fused else 7, accumulate=accumulate, fused=fused)
 
 
 def test_a_scaler_that_leaves_steps_out_is_quiet():
