@@ -115,6 +115,8 @@ def _segformer(recipe: Recipe, size: str, num_classes: int) -> Segmenter:
         num_labels=num_classes,
     )
     model = SegformerForSemanticSegmentation(config)
+    # Accelerate's FSDP2 asks for embeddings, and SegFormer raises.
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
     if recipe.pretrained:
         name = f"nvidia/mit-{size}"
         try:

@@ -3,6 +3,7 @@
     python examples/recipes/train.py ade20k-segformer-b0 --data-root DIR
     python examples/recipes/train.py ade20k-segformer-b0 --data-root DIR --no-mvsc
     accelerate launch examples/recipes/train.py cocostuff10k-segformer-b4 --data-root DIR
+    accelerate launch --config_file examples/recipes/fsdp2.yaml examples/recipes/train.py ...
     python examples/recipes/train.py folder-segformer-lite0 --data-root DIR --resume
 
 The run's folder gets ``metrics.jsonl``, ``scores.json``, TensorBoard events,
@@ -23,8 +24,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -51,6 +59,8 @@ Regularize = Callable[[nn.Module, Recipe], Any]
 
 Evaluate = Callable[..., dict[str, Any]]
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
 AGREE_EVERY = 5
 """Steps after which several processes agree at the latest on whether to stop."""
 
@@ -65,11 +75,12 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORE).sum().clamp_min(1)
 
 
-def regularize(model: nn.Module, recipe: Recipe) -> mvsc.AttachedRegularizer | None:
+def regularize(model: nn.Module, recipe: Recipe, **options: Any) -> mvsc.AttachedRegularizer | None:
     """Attach MVSC with the recipe's options, or nothing for a baseline."""
     if not recipe.mvsc:
         return None
-    return mvsc.attach(model, ignore_index=IGNORE, seed=recipe.seed, **vars(recipe.reg))
+    options |= vars(recipe.reg)
+    return mvsc.attach(model, ignore_index=IGNORE, seed=recipe.seed, **options)
 
 
 def train(
@@ -87,7 +98,8 @@ def train(
         evaluate: judges the segmenter, see evaluate.evaluate.
 
     Raises:
-        ValueError: if settings, data or the run's folder do not fit, or a file is broken.
+        ValueError: if settings, data, the engine or the run's folder do not fit, or a file is
+            broken.
         StoppedAndSaved: after Ctrl-C or SIGTERM.
     """
     check_recipe(recipe)
@@ -98,6 +110,15 @@ def train(
     )
     device = accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or (
+        sharded and not accelerator.is_fsdp2
+    ):
+        raise ValueError(
+            "the engine must be DDP or FSDP2, whose states are one whole file, got "
+            f"{'FSDP1' if sharded else 'DeepSpeed'}. Use accelerate launch --config_file "
+            "examples/recipes/fsdp2.yaml, or torchrun."
+        )
     if recipe.batch_size % (processes * recipe.accumulate):
         raise ValueError(
             f"batch_size must be a multiple of processes x accumulate, {processes} x "
@@ -113,10 +134,14 @@ def train(
     )
     if recipe.sync_bn and processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
-    reg = regularize(segmenter.model, recipe)
+    # FSDP2 in Accelerate takes the optimizer apart and knows the model's parameters only. What the
+    # centroids' own optimizer follows is its last group, the head's: the same learning rate.
+    reg = regularize(segmenter.model, recipe, **({"optimizer": "own"} if sharded else {}))
     optimizer = torch.optim.AdamW(parameter_groups(segmenter, recipe), lr=recipe.lr)
     if reg is not None:
-        optimizer.add_param_group(reg.to(device).param_group(lr=recipe.lr * recipe.head_lr))
+        reg.to(device)
+    if reg is not None and not sharded:
+        optimizer.add_param_group(reg.param_group(lr=recipe.lr * recipe.head_lr))
     schedule = warmup_then_poly(optimizer, recipe)
     model, optimizer = accelerator.prepare(segmenter.model, optimizer)
 
@@ -125,7 +150,9 @@ def train(
 
     def judge(step: int) -> None:
         share_buffers(segmenter.model, processes)
-        run.validated(step, evaluate(segmenter, val, recipe, device, rank, processes))
+        with whole(segmenter.model):
+            scores = evaluate(segmenter, val, recipe, device, rank, processes)
+        run.validated(step, scores)
         run.save(step)
 
     loader = training_batches(data, recipe, segmenter.mean, step, rank, processes)
@@ -209,6 +236,19 @@ def share_buffers(model: nn.Module, processes: int) -> None:
     if processes > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Gather sharded weights for a while, in which processes may call the model at will."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    yield
+    for shard in shards:
+        shard.set_reshard_after_forward(True, recurse=False)
+        shard.reshard()
 
 
 @contextmanager
@@ -367,8 +407,11 @@ class Run:
         A run that goes on from a state which is not ``judged`` begins with its validation.
         """
         self._save_weights("last", step)
+        own = {name: part.state_dict() for name, part in self.parts.items()}
+        if isinstance(self.model, FSDPModule):
+            optimizer = self.parts["optimizer"].optimizer
+            own["model"], own["optimizer"] = get_state_dict(self.model, optimizer, options=WHOLE)
         if self.main:
-            own = {name: part.state_dict() for name, part in self.parts.items()}
             about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "judged": judged}
             found = {"best": self.best, "scores": self.scores}
             save_state(self.state, {"step": step, **about, **found, **own})
@@ -397,16 +440,28 @@ class Run:
                 f"{self.folder} holds a run on the classes {', '.join(state['classes'])}, the data "
                 f"have {', '.join(self.classes)}. Choose another folder with --out."
             )
-        for name, part in self.parts.items():
+        parts = dict(self.parts)
+        if isinstance(self.model, FSDPModule):
+            set_state_dict(
+                parts.pop("model"),
+                parts.pop("optimizer").optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=WHOLE,
+            )
+        for name, part in parts.items():
             part.load_state_dict(state[name])
         self.best, self.scores, self.judged = state["best"], state["scores"], state["judged"]
         return int(state["step"])
 
     def _save_weights(self, name: str, step: int) -> None:
+        sharded = isinstance(self.model, FSDPModule)
+        weights = get_model_state_dict(self.model, options=WHOLE) if sharded else None
         if not self.main:
             return
         about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "step": step}
-        save_weights(self.folder / f"{name}.safetensors", self.model.state_dict(), **about)
+        weights = self.model.state_dict() if weights is None else weights
+        save_weights(self.folder / f"{name}.safetensors", weights, **about)
         if self.reg is not None:
             path = self.folder / f"{name}.centroids.safetensors"
             save_weights(path, self.reg.state_dict(), step=step)
