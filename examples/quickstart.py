@@ -3,8 +3,7 @@
     python examples/quickstart.py                  about two minutes on 2 CPU cores
     python examples/quickstart.py --seeds 0 1 2    mean and standard deviation over three seeds
 
-The lines that MVSC needs are marked ``# MVSC``. The images are mosaics of textures; OUT/mosaics
-has them in the layout in which the recipes take images of your own (docs/recipes.md).
+MVSC's lines are marked ``# MVSC``. OUT/mosaics has the images, as docs/recipes.md wants your own.
 """
 
 import argparse
@@ -30,10 +29,8 @@ PLAIN, MVSC = ARMS = ("cross-entropy", "with MVSC")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = __doc__.partition("\n")[0]
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="folder")
     parser.add_argument("--images", type=int, default=240, help="for training; half to validate")
     parser.add_argument("--epochs", type=int, default=12, help="0: only write the mosaics")
@@ -115,7 +112,6 @@ def print_table(runs):
         plain, ours = ([run[name] for run in runs[arm]] for arm in ARMS)
         gain = spread(np.subtract(ours, plain), "+.2f")
         print(f"{name:20}{spread(plain):>18}{spread(ours):>18}{gain:>18}")
-    print("(ms a step: two runs, one after the other. docs/cost.md measures what MVSC costs.)")
 
 
 def spread(values, form=".2f"):

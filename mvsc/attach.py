@@ -82,8 +82,7 @@ def attach(
     sizes = {"dim": dim, "num_classes": max(logits, 2)}  # one logit stands for two classes
     for name, found in sizes.items():
         if options.get(name, found) != found:
-            single = name == "num_classes" and logits == 1
-            one = ", whose one logit stands for two classes" if single else ""
+            one = ", whose one logit stands for two classes" * (found != logits and name != "dim")
             raise ValueError(
                 f"{name} must be that of the classifier, {found} of {path!r}{one}, got "
                 f"{options[name]}. Name another layer, classifier=..., or leave it out."
