@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
+import yaml
 from PIL import Image
 from torch.testing import assert_close
 
@@ -607,6 +608,118 @@ def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     assert_close(first[0], state_of(tmp_path / "run")["model"], rtol=0, atol=0)
     steps = [line["step"] for line in training.read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [2, 4, 4, 6, 6]
+
+
+UNDER_AN_ENGINE = """
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+if os.environ.get("ACCELERATE_USE_FSDP"):  # over gloo; Accelerate looks for a device
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType("MULTI_GPU"))
+
+import train as training
+from recipes import Recipe
+
+recipe = json.loads(sys.argv[1])
+run = training.train(Recipe.from_dict(recipe))
+if os.environ.get("ACCELERATE_USE_FSDP"):
+    assert training.Accelerator().is_fsdp2
+    recipe |= {"out": recipe["out"] + "-stopped"}
+    calls = []
+
+    def stopping(logits, labels):
+        calls.append(None)
+        if len(calls) == 6:  # after the state of step 4
+            raise KeyboardInterrupt
+        return training.cross_entropy(logits, labels)
+
+    try:
+        training.train(Recipe.from_dict(recipe), stopping)
+    except KeyboardInterrupt:
+        training.train(Recipe.from_dict(recipe | {"resume": True}))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 shards on devices only")
+def test_a_recipe_under_fsdp2_is_that_of_ddp_and_resumes_exactly(tmp_path):
+    # Three images to validate: the processes do not call the model equally often.
+    folder = tiny_data.make_folder(tmp_path / "data", train=5, val=3)
+    script = tmp_path / "script.py"
+    script.write_text(UNDER_AN_ENGINE)
+    config = yaml.safe_load((SCRIPTS / "fsdp2.yaml").read_text())
+    assert config["distributed_type"] == "FSDP"
+    shipped = {name.upper(): str(value).lower() for name, value in config["fsdp_config"].items()}
+    # As shipped, but for shards inside of the model, too: these are gathered in each forward.
+    shipped["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+    shipped["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "MLP"
+    shipped |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    paths = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    for name, engine in (("ddp", {}), ("fsdp2", shipped)):
+        recipe = tiny(folder, tmp_path / name, crop=(64, 64), cpu=name == "ddp")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+        command = [*launch, script, json.dumps(recipe.to_dict())]
+        env = {**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", **engine}
+        subprocess.run([str(part) for part in command], check=True, timeout=300, env=env)
+    files = ("last.safetensors", "best.safetensors", "last.centroids.safetensors")
+    for file in files:
+        sharded, about = weights.load_weights(tmp_path / "fsdp2" / file)
+        again, _ = weights.load_weights(tmp_path / "fsdp2-stopped" / file)
+        assert about["step"] == 6 or file.startswith("best")
+        assert_close(again, sharded, rtol=0, atol=0)
+    for file in files[::2]:
+        expected, _ = weights.load_weights(tmp_path / "ddp" / file)
+        sharded, _ = weights.load_weights(tmp_path / "fsdp2" / file)
+        own = "optimizer" if "centroids" in file else "none"  # the centroids' moments
+        sharded = {name: value for name, value in sharded.items() if own not in name}
+        assert_close(sharded, expected, rtol=0, atol=1e-5)
+    scores = [
+        json.loads((tmp_path / name / "scores.json").read_text())["mIoU"]
+        for name in ("ddp", "fsdp2", "fsdp2-stopped")
+    ]
+    assert_close(scores, 3 * scores[:1], rtol=0, atol=0.5)
+
+
+@pytest.mark.slow
+def test_a_job_of_ray_goes_on_when_a_worker_died_and_ends_as_one_under_torchrun(folder, tmp_path):
+    pytest.importorskip("ray")
+    import psutil
+
+    recipe = "folder-segformer-lite0 --steps 12 --batch-size 4 --crop 64 64 --scale 64 48 --cpu "
+    recipe += f"--workers 0 --no-pretrained --save-every 2 --data-root {folder}"
+    paths = os.pathsep.join([str(SCRIPTS.parents[1]), *sys.path])
+    env = {**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo"}
+    command = f"{sys.executable} -m {LAUNCHERS['torchrun']} {SCRIPTS / 'train.py'} {recipe}"
+    command += f" --out {tmp_path / 'torchrun'}"
+    subprocess.run(command.split(), check=True, env=env)
+    script = f"{sys.executable} {SCRIPTS / 'ray_train.py'} {recipe.replace('--', '--recipe.')}"
+    command = f"{script} --recipe.out {tmp_path / 'ray'} --processes 2"
+    with subprocess.Popen(command.split(), env=env, stdout=subprocess.PIPE, text=True) as job:
+        until = time.monotonic() + 200
+        while not (tmp_path / "ray" / "last.pt").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        workers = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+        ]
+        workers[0].kill()
+        printed, _ = job.communicate(timeout=300)
+    assert job.returncode == 0
+    assert "mIoU" in printed
+    for file in ("last.safetensors", "last.centroids.safetensors"):
+        expected, _ = weights.load_weights(tmp_path / "torchrun" / file)
+        found, about = weights.load_weights(tmp_path / "ray" / file)
+        assert about["step"] == 12
+        assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_predictions_are_masks_of_the_images_size_and_overlays(folder, tmp_path, capsys):

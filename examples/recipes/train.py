@@ -15,6 +15,7 @@ was killed ends with the weights of one that was not. Ctrl-C finishes the step a
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -247,7 +248,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         shard.unshard()
     yield
     for shard in shards:
-        shard.set_reshard_after_forward(True, recurse=False)
+        shard.set_reshard_after_forward(shard is not model, recurse=False)  # as Accelerate does
         shard.reshard()
 
 
@@ -255,6 +256,9 @@ def whole(model: nn.Module) -> Iterator[None]:
 def interruption() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM, so that a step can end first; a second one ends at once."""
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # Signals do not come to a worker's thread, as that of Ray.
+        return
 
     def ask(number: int, _: Any) -> None:
         asked.append(number)
