@@ -127,6 +127,21 @@ def test_the_features_keep_no_graph(images, labels):
     assert entered() is None
 
 
+def test_asking_a_classifier_whose_hooks_have_to_run_is_no_forward(images, labels):
+    model = Net()
+    classifier = model.classifier
+    kernel = classifier._parameters.pop("weight")
+    classifier.register_parameter("kernel", kernel)
+    # A weight that only the user's own hook computes: no hook can be kept from seeing the call.
+    classifier.register_forward_pre_hook(lambda module, _: setattr(module, "weight", module.kernel))
+    reg = attach(model, classifier="classifier")
+    for _ in range(2):
+        model(images)
+        features = reg.features
+        reg(labels).backward()
+        assert torch.equal(reg.features, features)
+
+
 def test_no_forward_and_no_model_are_said(images):
     model = Net()
     reg = attach(model)
