@@ -133,7 +133,9 @@ def test_asking_a_classifier_whose_hooks_have_to_run_is_no_forward(images, label
     kernel = classifier._parameters.pop("weight")
     classifier.register_parameter("kernel", kernel)
     # A weight that only the user's own hook computes: no hook can be kept from seeing the call.
-    classifier.register_forward_pre_hook(lambda module, _: setattr(module, "weight", module.kernel))
+    classifier.register_forward_pre_hook(
+        lambda module, _: setattr(module, "weight", 1 * module.kernel)
+    )
     reg = attach(model, classifier="classifier")
     for _ in range(2):
         model(images)
