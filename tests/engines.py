@@ -578,12 +578,12 @@ def reference(row, folder):
 # Costs and faults: run by the tests themselves, in processes of their own.
 
 
-def join(rank, world, folder, store="store"):
+def join(rank, world, folder, store="store", seconds=60):
     os.environ |= ENVIRONMENT
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     place = f"file://{folder}/{store}"
-    dist.init_process_group("gloo", place, timedelta(seconds=60), rank=rank, world_size=world)
+    dist.init_process_group("gloo", place, timedelta(seconds=seconds), rank=rank, world_size=world)
 
 
 def count_bytes(rank, world, folder):
@@ -618,9 +618,16 @@ def count_bytes(rank, world, folder):
     os._exit(0)
 
 
-def die_in_a_step(rank, world, folder, kind):
-    """Save after two steps; in the third the second process is killed before its backward."""
-    join(rank, world, folder)
+def die_in_a_step(rank, world, folder, kind, fate="killed"):
+    """Save after two steps; in the third the second process meets its fate.
+
+    It is killed before its backward; or runs out of memory in it, and ends, or goes on without.
+    """
+    join(rank, world, folder, seconds=60 if fate == "killed" else 5)
+
+    def out_of_memory(grad):
+        raise torch.OutOfMemoryError
+
     model, reg = build(optimizer=kind)
     parameters = [*model.parameters(), *reg.parameters()]
     parallel, optimizer = DistributedDataParallel(model), SGD(parameters)
@@ -630,12 +637,17 @@ def die_in_a_step(rank, world, folder, kind):
             Path(f"{folder}/mvsc.part").replace(f"{folder}/mvsc.pt")
         loss = loss_of(parallel, reg, *batch(rank, step))
         if step == 2 and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            if fate == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss.register_hook(out_of_memory)
         began = time.monotonic()
         try:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        except torch.OutOfMemoryError:
+            time.sleep(0 if fate == "ends" else 15)
+            os._exit(3)
         except RuntimeError as error:
             torch.save((str(error), time.monotonic() - began), f"{folder}/error.pt")
     os._exit(0)

@@ -159,14 +159,22 @@ def test_the_table_of_bytes_is_what_the_formula_says():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["host", "own"])
-def test_a_process_that_is_killed_in_a_step_ends_the_other_with_an_error(optimizer, tmp_path):
-    survivor, killed = together(engines.die_in_a_step, 2, tmp_path, optimizer)
-    assert killed.exitcode == -signal.SIGKILL
+@pytest.mark.parametrize(
+    ("optimizer", "fate"),
+    [("host", "killed"), ("own", "killed"), ("own", "ends"), ("host", "goes on")],
+)
+def test_a_process_that_is_killed_or_out_of_memory_ends_the_other_with_an_error(
+    optimizer, fate, tmp_path
+):
+    survivor, lost = together(engines.die_in_a_step, 2, tmp_path, optimizer, fate)
+    assert lost.exitcode == (-signal.SIGKILL if fate == "killed" else 3)
     assert survivor.exitcode == 0
     error, seconds = torch.load(tmp_path / "error.pt")
     assert seconds < 30, error
+    assert fate != "goes on" or seconds > 4  # until its time is up
     # What was saved before is whole, and goes on in any number of processes.
+    if fate != "killed":
+        return
     reg = engines.build(optimizer=optimizer)[1]
     reg.load_state_dict(torch.load(tmp_path / "mvsc.pt"))
     assert reg.regularizer.step == 2

@@ -688,6 +688,16 @@ def test_a_recipe_under_fsdp2_is_that_of_ddp_and_resumes_exactly(tmp_path):
     assert_close(scores, 3 * scores[:1], rtol=0, atol=0.5)
 
 
+def test_an_engine_without_whole_states_is_refused_with_the_one_to_use(
+    folder, tmp_path, monkeypatch
+):
+    kind = training.DistributedType.DEEPSPEED
+    monkeypatch.setattr(training.Accelerator, "distributed_type", kind)
+    with pytest.raises(ValueError, match=r"got DeepSpeed\. Use accelerate launch --config_file"):
+        train(tiny(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_job_of_ray_goes_on_when_a_worker_died_and_ends_as_one_under_torchrun(folder, tmp_path):
     pytest.importorskip("ray")
