@@ -37,7 +37,7 @@ WIRINGS = {
 }
 FSDP2_ON_CPU = torch.__version__ >= "2.7"
 if FSDP2_ON_CPU:
-    WIRINGS |= {"FSDP2": {}, "FSDP2 child": {}, "FSDP2 inside": {}}
+    WIRINGS |= {"FSDP2": {}, "FSDP2 child": {}, "FSDP2 inside": {}, "FSDP2 resharded": {}}
 BY_THREE = [wiring for wiring in WIRINGS if wiring not in ("tiny buckets", "clipped")]
 PROCESSES = Path(__file__).parents[1] / "docs" / "processes.md"
 
@@ -94,7 +94,8 @@ def train(wiring, rank, steps=STEPS, group=None):
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         if wiring == "FSDP2 child":
             fully_shard(model.classifier, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        # Else the root's weights stay whole from its forward to its backward.
+        fully_shard(model, mesh=mesh, reshard_after_forward=wiring == "FSDP2 resharded" or None)
     else:
         model = DistributedDataParallel(model, **options)
     parameters = list(dict.fromkeys([*plain.parameters(), *reg.parameters()]))

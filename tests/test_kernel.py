@@ -220,7 +220,7 @@ def test_nothing_as_large_as_the_map_lives_on_between_forward_and_backward(layou
     large = [
         each
         for each in gc.get_objects()
-        if type(each) is torch.Tensor and each.shape == features.shape and each is not features
+        if type(each) is torch.Tensor and each.numel() >= features.numel() and each is not features
     ]
     assert large == []
     means.sum().backward()
