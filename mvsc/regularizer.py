@@ -599,19 +599,26 @@ class MVSCRegularizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as any module, but a state in half precision as float32, with assign=True too."""
+        errors: list[str] = args[-1]
         step = state_dict.get(f"{prefix}step")
         if isinstance(step, Tensor) and step.is_floating_point():
-            errors: list[str] = args[-1]
             errors.append(
                 f"{prefix}step must be an integer, got {step.dtype}, which has lost its digits. "
                 "Cast the floating tensors of a state alone."
             )
             return
         self._watch.forget_values()
+        mine = f"{prefix}{_OPTIMIZER}"
+        names = [name for name in state_dict if name.startswith(mine)]
+        moments = {name.removeprefix(mine): state_dict.pop(name) for name in names}
         if self._stepper is not None:
-            mine = f"{prefix}{_OPTIMIZER}"
-            names = [name for name in state_dict if name.startswith(mine)]
-            self._stepper.state = {n.removeprefix(mine): state_dict.pop(n) for n in names}
+            self._stepper.state = moments
+        elif moments and args[1]:  # strict
+            errors.append(
+                'optimizer must be "own" or a callable for this state, which holds the moments of '
+                'an optimizer of the centroids\' own, got "host". Pass optimizer="own" as before, or '
+                "strict=False to leave them out."
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
