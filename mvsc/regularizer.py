@@ -613,12 +613,9 @@ class MVSCRegularizer(nn.Module):
         moments = {name.removeprefix(mine): state_dict.pop(name) for name in names}
         if self._stepper is not None:
             self._stepper.state = moments
-        elif moments and args[1]:  # strict
-            errors.append(
-                'optimizer must be "own" or a callable for this state, which holds the moments of '
-                'an optimizer of the centroids\' own, got "host". Pass optimizer="own" as before, or '
-                "strict=False to leave them out."
-            )
+        elif moments:  # torch lists it, unless strict=False
+            unexpected: list[str] = args[-2]
+            unexpected.append(f'{mine}*, moments that optimizer="host" has no use for: pass "own"')
         super()._load_from_state_dict(state_dict, prefix, *args)
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
