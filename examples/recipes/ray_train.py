@@ -1,4 +1,4 @@
-"""Train a recipe as a job of Ray Train.
+"""Train a recipe as a job of Ray Train (pip install "ray[train]").
 
     python examples/recipes/ray_train.py ade20k-segformer-b4 --recipe.data-root DIR --processes 8
 
