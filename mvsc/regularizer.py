@@ -369,7 +369,7 @@ class MVSCRegularizer(nn.Module):
             sums = distributed.sum_over_processes(sums, self.process_group)
             counts = distributed.sum_over_processes(counts, self.process_group)
         means, present = equations.class_group_means(sums, counts, self.groups)
-        return CellMeans(means.to(self._dtype(features)), counts.view_as(present), present)
+        return CellMeans(means, counts.view_as(present), present)
 
     def align(self, cells: CellMeans, centroids: Tensor) -> Tensor:
         """Compute Eq. (2): pull each mean to the centroid of its class (R3), push it from others.

@@ -141,7 +141,6 @@ BUGS = [
     ("diagnostics", "step=grid.new_zeros(())", "step=torch.randint_like(grid[0, 0, 0], 99)", "the diagnostics' split changes from call to call"),
     ("regularizer", "    if not _replaying():\n        step += 1", "    step += 1", "a checkpointed backward of a compiled regularizer draws anew"),
     ("regularizer", "        return torch.promote_types(common, torch.float32)", "        return common", "centroids that come in half precision are computed with as such"),
-    ("regularizer", "means.to(self._dtype(features))", "means", "means narrower than the centroids"),
     ("regularizer", "            if kept_grad is not None:\n", "            if False:\n", "a gradient rounded by half()"),
     ("watch", '            self.said.add("idle")\n', "", "forgotten centroids are looked for again and again"),
     ("regularizer", "            errors.append(", "            str(", "a step that lost its digits is loaded"),
