@@ -740,3 +740,5 @@ def test_the_kept_tables_are_those_of_the_kept_scores():
     assert (report.RESULTS / "report.md").read_text("utf-8") == told
     told = report.overview(report.load(report.RESULTS))
     assert (report.RESULTS / "overview.md").read_text("utf-8") == told + "\n"
+    told = report.curves(report.load(report.RESULTS, "frontier"))
+    assert (report.RESULTS / "curves.md").read_text("utf-8") == told + "\n"

@@ -145,6 +145,22 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
     return markdown(head, *(row for _, row in sorted(rows, key=lambda each: -each[0])))
 
 
+def curves(found: dict[tuple[str, str], Cells], base: str = "ce") -> str:
+    """One row an arm, for each schedule and head: the gains at three accuracies, and the ECE."""
+    parts = []
+    for (schedule, head), cells in found.items():
+        rows = [row.split(" | ") for row in frontiers(cells, base).splitlines()[2:]]
+        ece = {
+            arm: statistics.mean(frontier.untempered(run)["ece"] for run in runs.values())
+            for arm, runs in cells.items()
+        }
+        told = [[row[0].strip("| "), *row[1:5], f"{ece[row[0].strip('| ')]:.1f}"] for row in rows]
+        columns = [f"at -{loss:g}" for loss in frontier.LOSSES[:3]]
+        parts.append(f"**{head}, {schedule} schedule**")
+        parts.append(markdown(["arm", "seeds", *columns, "ECE [%]"], *told))
+    return "\n\n".join(parts)
+
+
 def calibration(cells: Cells) -> str:
     """One row an arm: its chances, as they are and with a temperature chosen on other images."""
     names = {"nll": "NLL", "balanced_nll": "NLL, classes alike", "ece": "ECE [%]"}
@@ -245,7 +261,11 @@ def heading(title: str, cells: Cells) -> list[str]:
 if __name__ == "__main__":
     classes = RESULTS / "classes.json"
     shares = json.loads(classes.read_text("utf-8")) if classes.exists() else None
-    texts = {"overview.md": overview(load(RESULTS)) + "\n", "report.md": report(RESULTS, shares)}
+    texts = {
+        "overview.md": overview(load(RESULTS)) + "\n",
+        "curves.md": curves(load(RESULTS, "frontier")) + "\n",
+        "report.md": report(RESULTS, shares),
+    }
     for name, text in texts.items():
         print(text)
         (RESULTS / name).write_text(text, "utf-8")
