@@ -206,7 +206,7 @@ def describe_sizes(sizes: Any) -> str:
 
 def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[int, ...]:
     """Raise unless ``grid`` is sizes of as many axes as the labels have; return it."""
-    if not isinstance(grid, tuple | list) or not all(isinstance(n, int) and n > 0 for n in grid):
+    if not isinstance(grid, (tuple, list)) or not all(isinstance(n, int) and n > 0 for n in grid):
         raise TypeError(
             f"grid must be sizes, whole numbers of at least 1, got {describe(grid)}. "
             "Pass height and width of the tokens: grid=(14, 14)."

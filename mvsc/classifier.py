@@ -117,7 +117,7 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
                 f"{_as_read(axes, len(layer.kernel_size))}."
             )
     last = classifier[-1] if isinstance(classifier, nn.Sequential) and len(classifier) else None
-    if isinstance(last, nn.Softmax | nn.Softmax2d | nn.Sigmoid):
+    if isinstance(last, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
         raise ValueError(
             f"classifier must return logits, got one that ends in {type(last).__name__}. "
             "Pass it without that: classifier[:-1]."
