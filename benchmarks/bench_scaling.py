@@ -30,7 +30,7 @@ def main() -> None:
     rows, slopes = [], []
     for what, values in GROWTH.items():
         values = (
-            tuple(value if what == "G" else value // 16 for value in values) if quick else values
+            tuple(value if what == "G" else value // 8 for value in values) if quick else values
         )
         base = {**BASE, "pixels": 64, "D": 8, "C": 10} if quick else BASE
         times = {v: cost({**base, what: v}, device, 1 if quick else 9) for v in values}
