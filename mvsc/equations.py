@@ -160,7 +160,7 @@ def alignment_loss(means: Tensor, targets: Tensor, present: Tensor, temperature:
     return _cross_entropy_over_present(logits, present)
 
 
-def centroid_pull_loss(centroids: Tensor, halves: Tensor | None) -> Tensor:
+def centroid_pull_loss(centroids: Tensor, halves: Tensor) -> Tensor:
     """Pull two random halves of the groups of each class together.
 
     Eq. (3), section 3.2: ``1 - cos(half_a, half_b)``, averaged over all classes; minimised as
@@ -169,7 +169,7 @@ def centroid_pull_loss(centroids: Tensor, halves: Tensor | None) -> Tensor:
     Args:
         centroids: V, shape ``(groups, num_classes, dim)``.
         halves: what each group weighs in the mean of the one half and of the other, shape
-            ``(2, groups)``, as ``mvsc.sampling.draw_halves`` returns it; None for a single group.
+            ``(2, groups)``, as ``mvsc.sampling.draw_halves`` returns it.
 
     Returns:
         Scalar in [0, 2], no unit; exactly 0 with zero gradients for a single group (R8).
@@ -180,7 +180,7 @@ def centroid_pull_loss(centroids: Tensor, halves: Tensor | None) -> Tensor:
         1.0
     """
     groups, num_classes, dim = centroids.shape
-    if groups == 1 or halves is None:
+    if groups == 1:
         # The sum of nothing: zero, and connected to the graph.
         return centroids[:0].sum()
     means = (halves @ centroids.flatten(1)).view(2, num_classes, dim)

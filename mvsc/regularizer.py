@@ -393,9 +393,7 @@ class MVSCRegularizer(nn.Module):
         Returns:
             Scalar.
         """
-        halves = None
-        if self.groups > 1:
-            halves = draw_halves(self.groups, self.step, self.seed, centroids.dtype)
+        halves = draw_halves(self.groups, self.step, self.seed, centroids.dtype)
         return equations.centroid_pull_loss(centroids, halves)
 
     def enhanced(self, cells: CellMeans, centroids: Tensor) -> Tensor:

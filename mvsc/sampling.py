@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
 """What torch 2.6 cannot index on the CPU."""
@@ -186,20 +187,23 @@ def draw_halves(
     """Draw the two halves of the groups that Eq. (3) sets against each other (R7).
 
     Args:
-        groups: G, at least 2.
+        groups: G.
         step: as in :func:`draw_groups`.
         seed: as in :func:`draw_groups`.
         dtype: of what is returned, a floating one; torch's default dtype if None.
 
     Returns:
         What each group weighs in the mean of either half, shape ``(2, groups)``:
-        ``groups // 2`` groups count in the first row, the others in the second.
+        ``groups // 2`` groups count in the first row, the others in the second. A single group
+        is all of the second half; nothing is drawn.
 
     Example:
         >>> draw_halves(3, torch.tensor(0)).sort().values.tolist()
         [[0.0, 0.0, 1.0], [0.0, 0.5, 0.5]]
     """
     weights = _kept(_halves, step, groups, dtype or torch.get_default_dtype())
+    if groups == 1:
+        return weights
     return weights.index_select(1, draw_order(groups, step, seed))
 
 
@@ -243,13 +247,13 @@ def _mixed_numbers(count: int, word: int, device: torch.device) -> Tensor:
 def _cells(groups: int, num_classes: int, device: torch.device) -> Tensor:
     """Name the cell of each (group, label), also of the label of pixels that do not count."""
     cells = torch.arange(groups * num_classes, device=device).view(groups, num_classes)
-    return nn.functional.pad(cells, (0, 1), value=groups * num_classes).flatten()
+    return F.pad(cells, (0, 1), value=groups * num_classes).flatten()
 
 
 def _halves(groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     first = groups // 2
     in_first = (torch.arange(groups, device=device) < first).to(dtype)
-    return torch.stack([in_first / first, (1 - in_first) / (groups - first)])
+    return torch.stack([in_first / max(first, 1), (1 - in_first) / (groups - first)])
 
 
 def _counted(count: int, device: torch.device) -> Tensor:
@@ -288,12 +292,14 @@ def _kept(make: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
     if torch.compiler.is_compiling() or type(like) is not Tensor or is_capturing(device):
         return make(*arguments, device)
     name = (make, arguments, device)
-    if name not in _KEPT:
+    kept = _KEPT.pop(name, None)
+    if kept is None:
         while len(_KEPT) >= _KEPT_AT_MOST:
             _KEPT.pop(next(iter(_KEPT)))
         with torch.inference_mode(False):  # or autograd could not use it later
-            _KEPT[name] = make(*arguments, device)
-    return _KEPT[name]
+            kept = make(*arguments, device)
+    _KEPT[name] = kept  # as the last: the one that was not used for longest goes first
+    return kept
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -98,8 +98,6 @@ def draws(step: Batch) -> tuple[Tensor, Tensor]:
     reg, size = step.reg, step.as_map(step.features).shape[2:]
     grid = sampling.labels_on_grid(step.labels, size, reg.num_classes, reg.ignore_index)
     cells = sampling.draw_groups(grid, reg.groups, reg.num_classes, reg.step, reg.seed)
-    if reg.groups == 1:
-        return cells, torch.eye(2)[:, :1]
     return cells, sampling.draw_halves(reg.groups, reg.step, reg.seed)
 
 

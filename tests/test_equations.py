@@ -144,7 +144,7 @@ def test_pull_averages_over_all_classes_and_lowers_when_groups_agree():
 
 def test_pull_of_a_single_group_is_exactly_zero_and_connected():
     centroids = torch.full((1, 2, 3), torch.inf, requires_grad=True)
-    loss = centroid_pull_loss(centroids, None)
+    loss = centroid_pull_loss(centroids, torch.tensor([[0.0], [1.0]]))
     loss.backward()
     assert loss.item() == 0
     assert_close(centroids.grad, torch.zeros(1, 2, 3), rtol=0, atol=0)

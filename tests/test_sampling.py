@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import oracle
+from mvsc import sampling
 from mvsc.sampling import (
     commonest_on_grid,
     draw_groups,
@@ -258,6 +259,17 @@ def test_the_halves_of_an_odd_number_of_groups_are_means():
     halves = draw_halves(5, torch.tensor(3), dtype=torch.float64)
     expected = torch.tensor([[0, 0, 0, 3, 3], [0, 0, 2, 2, 2]], dtype=torch.float64) / 6
     assert_close(halves.sort().values, expected, rtol=0, atol=1e-16)
+
+
+def test_what_each_step_needs_is_made_once_however_many_sizes_come(monkeypatch):
+    made, make = [], sampling._halves
+    monkeypatch.setattr(sampling, "_KEPT", {})
+    monkeypatch.setattr(sampling, "_halves", lambda *sizes: made.append(sizes) or make(*sizes))
+    for size in range(40):
+        draw_groups(torch.zeros(1, 1, 1 + size, dtype=torch.int64), 4, 1, torch.tensor(0))
+        draw_halves(4, torch.tensor(0))
+    assert len(made) == 1
+    assert len(sampling._KEPT) <= 16
 
 
 def test_draws_do_not_touch_the_global_generator():
