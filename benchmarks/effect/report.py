@@ -127,37 +127,47 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
     """One row an arm: its curve at cross-entropy's pixel accuracy, unshifted, and a bit below."""
     head = ["arm", "seeds", *(f"at -{loss:g} points" for loss in frontier.LOSSES)]
     head += [f"tau chosen for -{loss:g}: mIoU, pixel accuracy" for loss in frontier.LOSSES[:2]]
-    rows = []
-    for arm in cells:
-        if not shared_seeds(cells, arm, base):
-            continue
-        pairs = [(cells[arm][seed], cells[base][seed]) for seed in shared_seeds(cells, arm, base)]
-        row = [arm, str(len(pairs))]
-        read = [[frontier.gain_at(*pair, loss) for pair in pairs] for loss in frontier.LOSSES]
-        row += ["not reached" if None in values else gain(values) for values in read]
+    rows = read_curves(cells, base)
+    for row in rows:
+        pairs = pairs_of(cells, row[0], base)
         for loss in frontier.LOSSES[:2]:
             found = [frontier.chosen(*pair, loss) for pair in pairs]
             both = [] if None in found else list(zip(*found, strict=True))
             row.append(", ".join(gain(list(values)) for values in both) or "not reached")
+    return markdown(head, *rows)
+
+
+def pairs_of(cells: Cells, arm: str, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the scores of an arm beside those of another with the same seed."""
+    return [(cells[arm][seed], cells[base][seed]) for seed in shared_seeds(cells, arm, base)]
+
+
+def read_curves(cells: Cells, base: str) -> list[list[str]]:
+    """Read each arm's curve: its name, its seeds, and the gain at each accuracy; best first."""
+    rows = []
+    for arm in cells:
+        pairs = pairs_of(cells, arm, base)
+        if not pairs:
+            continue
+        read = [[frontier.gain_at(*pair, loss) for pair in pairs] for loss in frontier.LOSSES]
+        told = ["not reached" if None in values else gain(values) for values in read]
         # By the gain for half a point; one that is not reached comes last.
         order = statistics.mean(-99.0 if value is None else value for value in read[1])
-        rows.append((order, row))
-    return markdown(head, *(row for _, row in sorted(rows, key=lambda each: -each[0])))
+        rows.append((order, [arm, str(len(pairs)), *told]))
+    return [row for _, row in sorted(rows, key=lambda each: -each[0])]
 
 
 def curves(found: dict[tuple[str, str], Cells], base: str = "ce") -> str:
     """One row an arm, for each schedule and head: the gains at three accuracies, and the ECE."""
+    columns = [f"at -{loss:g}" for loss in frontier.LOSSES[:3]]
     parts = []
     for (schedule, head), cells in found.items():
-        rows = [row.split(" | ") for row in frontiers(cells, base).splitlines()[2:]]
-        ece = {
-            arm: statistics.mean(frontier.untempered(run)["ece"] for run in runs.values())
-            for arm, runs in cells.items()
-        }
-        told = [[row[0].strip("| "), *row[1:5], f"{ece[row[0].strip('| ')]:.1f}"] for row in rows]
-        columns = [f"at -{loss:g}" for loss in frontier.LOSSES[:3]]
+        rows = []
+        for arm, seeds, *gains in read_curves(cells, base):
+            ece = statistics.mean(frontier.untempered(run)["ece"] for run in cells[arm].values())
+            rows.append([arm, seeds, *gains[:3], f"{ece:.1f}"])
         parts.append(f"**{head}, {schedule} schedule**")
-        parts.append(markdown(["arm", "seeds", *columns, "ECE [%]"], *told))
+        parts.append(markdown(["arm", "seeds", *columns, "ECE [%]"], *rows))
     return "\n\n".join(parts)
 
 
