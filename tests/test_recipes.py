@@ -561,6 +561,23 @@ def test_a_killed_run_resumes_exactly(tmp_path):
     kill_and_resume.kill_and_resume(tmp_path, 2, random.Random(1))
 
 
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d "
+    "--rdzv-endpoint 127.0.0.1:0",
+    # On CPUs it starts several processes through MPI only.
+    "accelerate launch": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+def in_two_processes(script, *arguments, **environment):
+    """Run a script under torchrun, with the recipes' modules."""
+    command = [sys.executable, "-m", *LAUNCHERS["torchrun"].split(), script, *arguments]
+    paths = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", **environment}
+    subprocess.run([str(part) for part in command], check=True, timeout=300, env=env)
+
+
 TWO_PROCESSES = """
 import json
 import sys
@@ -597,12 +614,7 @@ def test_two_processes_train_and_end_with_the_same_parameters(folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES)
     recipe = tiny(folder, tmp_path / "run", accumulate=2, crop=(64, 64))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [*launch, script, json.dumps(recipe.to_dict()), tmp_path]
-    paths = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths}
-    subprocess.run([str(part) for part in command], check=True, timeout=300, env=env)
+    in_two_processes(script, json.dumps(recipe.to_dict()), tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_close(first, second, rtol=0, atol=0)
     assert_close(first[0], state_of(tmp_path / "run")["model"], rtol=0, atol=0)
@@ -614,7 +626,6 @@ UNDER_AN_ENGINE = """
 import json
 import os
 import sys
-from pathlib import Path
 
 import torch
 from accelerate.state import PartialState
@@ -627,7 +638,7 @@ import train as training
 from recipes import Recipe
 
 recipe = json.loads(sys.argv[1])
-run = training.train(Recipe.from_dict(recipe))
+training.train(Recipe.from_dict(recipe))
 if os.environ.get("ACCELERATE_USE_FSDP"):
     assert training.Accelerator().is_fsdp2
     recipe |= {"out": recipe["out"] + "-stopped"}
@@ -661,14 +672,9 @@ def test_a_recipe_under_fsdp2_is_that_of_ddp_and_resumes_exactly(tmp_path):
     shipped["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
     shipped["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "MLP"
     shipped |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    paths = os.pathsep.join([str(SCRIPTS), os.environ.get("PYTHONPATH", "")])
     for name, engine in (("ddp", {}), ("fsdp2", shipped)):
         recipe = tiny(folder, tmp_path / name, crop=(64, 64), cpu=name == "ddp")
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-        command = [*launch, script, json.dumps(recipe.to_dict())]
-        env = {**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", **engine}
-        subprocess.run([str(part) for part in command], check=True, timeout=300, env=env)
+        in_two_processes(script, json.dumps(recipe.to_dict()), **engine)
     files = ("last.safetensors", "best.safetensors", "last.centroids.safetensors")
     for file in files:
         sharded, about = weights.load_weights(tmp_path / "fsdp2" / file)
@@ -967,15 +973,6 @@ def test_every_script_runs_from_any_folder(name, tmp_path):
     run = run_script(f"{name}.py", "--help", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "usage:" in run.stdout
-
-
-LAUNCHERS = {
-    "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d "
-    "--rdzv-endpoint 127.0.0.1:0",
-    # On CPUs it starts several processes through MPI only.
-    "accelerate launch": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
-    "--mixed_precision no --dynamo_backend no",
-}
 
 
 @pytest.mark.slow

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
@@ -141,8 +141,8 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(segmenter, recipe), lr=recipe.lr)
     if reg is not None:
         reg.to(device)
-    if reg is not None and not sharded:
-        optimizer.add_param_group(reg.param_group(lr=recipe.lr * recipe.head_lr))
+        if not sharded:
+            optimizer.add_param_group(reg.param_group(lr=recipe.lr * recipe.head_lr))
     schedule = warmup_then_poly(optimizer, recipe)
     model, optimizer = accelerator.prepare(segmenter.model, optimizer)
 
@@ -302,6 +302,7 @@ class Run:
             self.parts["reg"] = reg
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
+        self.sharded = isinstance(self.model, FSDPModule)
         self.folder = recipe.folder
         self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / STATE
         self.main = accelerator.is_main_process
@@ -402,7 +403,7 @@ class Run:
             tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items()))
         if scores["mIoU"] > self.best:
             self.best = scores["mIoU"]
-            self._save_weights("best", step)
+            self._save_weights("best", step, self._weights())
         self.since = time.perf_counter()
 
     def save(self, step: int, judged: bool = True) -> None:
@@ -410,15 +411,19 @@ class Run:
 
         A run that goes on from a state which is not ``judged`` begins with its validation.
         """
-        self._save_weights("last", step)
-        own = {name: part.state_dict() for name, part in self.parts.items()}
-        if isinstance(self.model, FSDPModule):
+        weights = self._weights()
+        self._save_weights("last", step, weights)
+        states = {"model": weights}
+        if self.sharded:
             optimizer = self.parts["optimizer"].optimizer
-            own["model"], own["optimizer"] = get_state_dict(self.model, optimizer, options=WHOLE)
+            states["optimizer"] = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
         if self.main:
+            for name, part in self.parts.items():
+                if name not in states:
+                    states[name] = part.state_dict()
             about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "judged": judged}
             found = {"best": self.best, "scores": self.scores}
-            save_state(self.state, {"step": step, **about, **found, **own})
+            save_state(self.state, {"step": step, **about, **found, **states})
         self.since = time.perf_counter()
 
     def finish(self) -> None:
@@ -445,7 +450,7 @@ class Run:
                 f"have {', '.join(self.classes)}. Choose another folder with --out."
             )
         parts = dict(self.parts)
-        if isinstance(self.model, FSDPModule):
+        if self.sharded:
             set_state_dict(
                 parts.pop("model"),
                 parts.pop("optimizer").optimizer,
@@ -458,13 +463,16 @@ class Run:
         self.best, self.scores, self.judged = state["best"], state["scores"], state["judged"]
         return int(state["step"])
 
-    def _save_weights(self, name: str, step: int) -> None:
-        sharded = isinstance(self.model, FSDPModule)
-        weights = get_model_state_dict(self.model, options=WHOLE) if sharded else None
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the model's weights; where they are sharded, all processes gather them."""
+        if self.sharded:
+            return get_model_state_dict(self.model, options=WHOLE)
+        return self.model.state_dict()
+
+    def _save_weights(self, name: str, step: int, weights: dict[str, Tensor]) -> None:
         if not self.main:
             return
         about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "step": step}
-        weights = self.model.state_dict() if weights is None else weights
         save_weights(self.folder / f"{name}.safetensors", weights, **about)
         if self.reg is not None:
             path = self.folder / f"{name}.centroids.safetensors"
@@ -494,7 +502,6 @@ def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
 def command_line() -> None:
     recipe = tyro.extras.overridable_config_cli(RECIPES)
     scores = train(recipe)
-    PartialState().destroy_process_group()  # Left open, gloo may abort the process at its exit.
     print_scores(scores, open_split(recipe.layout, recipe.data_root, "val").classes)
 
 
