@@ -5,8 +5,9 @@ torch tells whoever asks that one has stepped. All of them scale the loss, and b
 the gradient of a zero that was added to it.
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,12 +34,22 @@ _steppers: "WeakKeyDictionary[Owner, Stepper]" = WeakKeyDictionary()
 _hook: Any = None
 
 
+class Taken(NamedTuple):
+    """A step that was taken: of which host, at which group's rate, along what, from where."""
+
+    host: Optimizer
+    group: dict[str, Any]
+    mean: Tensor
+    centroids: Tensor
+    optimizer: dict[str, Any]
+
+
 def _after_step(host: Optimizer, *_: Any) -> None:
     """Let each stepper step after an optimizer that is none of theirs."""
     steppers = list(_steppers.items())
     if not any(host is stepper.optimizer for _, stepper in steppers):
         for owner, stepper in steppers:
-            stepper.step(owner, host.param_groups[-1])
+            stepper.step(owner, host)
 
 
 class Stepper:
@@ -67,6 +78,7 @@ class Stepper:
         self.make = optimizer
         self.optimizer: Optimizer | None = None
         self.loaded: dict[str, Tensor] = {}
+        self.taken: Taken | None = None
         self.zero: Tensor  # its gradient is what the loss was multiplied by
 
     def follow(self, owner: Owner) -> None:
@@ -79,34 +91,58 @@ class Stepper:
         """
         global _hook
         self._optimizer_of(owner.centroids)
+        self.taken = None
         self.zero = torch.zeros((), device=owner.centroids.device, requires_grad=True)
         if _hook is None:
             _hook = register_optimizer_step_post_hook(_after_step)
         _steppers[owner] = self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the host, with which a copy has nothing to do."""
+        return {**self.__dict__, "taken": None}
+
     def weigh(self, loss: Tensor) -> Tensor:
         """Return the loss, bitwise, with a zero whose gradient is what it is multiplied by."""
         return loss + (self.zero - self.zero.detach())
 
-    def step(self, owner: Owner, group: dict[str, Any]) -> None:
-        """Take a step along the mean gradient since the last one, at the rate of a host's group."""
-        centroids = owner.centroids
-        if centroids.grad is None:
+    def step(self, owner: Owner, host: Optimizer) -> None:
+        """Take a step along the mean gradient since the last one, at the rate of the last group.
+
+        DeepSpeed lets its optimizer step once for each group, and see no other: the step is taken
+        at the first group's rate, and again, from where it began, at that of each that follows.
+        """
+        centroids, group, taken = owner.centroids, host.param_groups[-1], self.taken
+        if centroids.grad is not None:
+            mean = self._mean_gradient(centroids.grad, owner)
+            optimizer = self._optimizer_of(centroids)
+            self.taken = None
+            if len(host.param_groups) == 1:
+                began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
+                self.taken = Taken(host, group, mean, *began)
+        elif taken is not None and host is taken.host and group is not taken.group:
+            mean, optimizer = taken.mean, self._optimizer_of(centroids)
+            with torch.no_grad():
+                centroids.copy_(taken.centroids)
+            optimizer.load_state_dict(copy.deepcopy(taken.optimizer))
+            self.taken = taken._replace(group=group)
+        else:
             return  # No backward since: the host has several optimizers, or trains something else.
-        weight = torch.ones_like(self.zero) if self.zero.grad is None else self.zero.grad
-        sums = torch.cat([centroids.grad.flatten(), weight.reshape(1).to(centroids)])
-        if owner.sync == "auto":
-            sums = distributed.sum_over_processes(sums, owner.process_group)
-        mean = (sums[:-1] / sums[-1]).view_as(centroids)
-        # A loss that was multiplied by 0 or overflowed has no gradient to follow.
-        centroids.grad = torch.where(mean.isfinite().all(), mean, 0.0)
-        optimizer = self._optimizer_of(centroids)
         rate = float(group["lr"])
         if self.make != "own":
             rate = optimizer.defaults["lr"] * (rate / float(group.get("initial_lr", rate) or 1.0))
         optimizer.param_groups[0]["lr"] = rate
+        centroids.grad = mean
         optimizer.step()
         centroids.grad = self.zero.grad = None
+
+    def _mean_gradient(self, grad: Tensor, owner: Owner) -> Tensor:
+        weight = torch.ones_like(self.zero) if self.zero.grad is None else self.zero.grad
+        sums = torch.cat([grad.flatten(), weight.reshape(1).to(grad)])
+        if owner.sync == "auto":
+            sums = distributed.sum_over_processes(sums, owner.process_group)
+        mean = (sums[:-1] / sums[-1]).view_as(grad)
+        # A loss that was multiplied by 0 or overflowed has no gradient to follow.
+        return torch.where(mean.isfinite().all(), mean, 0.0)
 
     def forget_overflow(self, centroids: Tensor) -> None:
         """Drop a gradient that is not finite: mixed precision has skipped the host's step."""

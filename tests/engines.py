@@ -41,6 +41,8 @@ ENVIRONMENT = {
 
 CLASSES, DIM, STEPS, WORLD, LR = 6, 8, 3, 2, 0.1
 SGD = functools.partial(torch.optim.SGD, lr=LR)
+RATES = 0.0, 0.01
+"""Of the encoder, which is frozen, and the classifier, where they are groups of their own."""
 
 
 class Segmenter(nn.Module):
@@ -114,10 +116,21 @@ def trained(model, reg):
 # One process, with the mean gradient of two: what all have to come to.
 
 
-def alone(kind=Segmenter, ranks=WORLD, parts=1):
+def in_groups(model, reg=None):
+    """Make an optimizer whose groups have rates of their own."""
+    pairs = zip(model.children(), RATES, strict=True)
+    groups = [{"params": each.parameters(), "lr": lr} for each, lr in pairs]
+    if reg is not None:
+        groups.append({"params": reg.parameters(), "lr": RATES[-1]})
+    return torch.optim.Adam(groups)
+
+
+def alone(kind=Segmenter, ranks=WORLD, parts=1, groups=False):
     """Train on the mean over the batches of each process, or over parts of one process."""
     model, reg = build(kind, optimizer="host")
     optimizer = SGD([*model.parameters(), *reg.parameters()])
+    if groups:
+        optimizer = in_groups(model, reg)
     rank_of = mvsc.distributed.rank
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -253,14 +266,15 @@ def deepspeed_config(stage, accumulate=1):
     }
 
 
-def zero(rank, stage, accumulate=1, dtype=None):
+def zero(rank, stage, accumulate=1, dtype=None, groups=False):
     import deepspeed
 
-    model, reg = build()
+    model, reg = build(optimizer="own" if groups else SGD)
+    optimizer = in_groups(model) if groups else SGD(model.parameters())
     config = deepspeed_config(stage, accumulate)
     if dtype is not None:
         config["bf16"] = {"enabled": True}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=SGD(model.parameters()), config=config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     assert engine.zero_optimization_stage() == stage
     for step in range(STEPS * accumulate):
         images, labels = batch(rank, step)
@@ -512,6 +526,8 @@ ROWS = {
     "DeepSpeed, ZeRO-1": (part(zero, stage=1), alone),
     "DeepSpeed, ZeRO-2": (part(zero, stage=2), alone),
     "DeepSpeed, ZeRO-3": (part(zero, stage=3), alone),
+    "DeepSpeed, ZeRO-2, groups": (part(zero, stage=2, groups=True), part(alone, groups=True)),
+    "DeepSpeed, ZeRO-3, groups": (part(zero, stage=3, groups=True), part(alone, groups=True)),
     "DeepSpeed, ZeRO-3, accumulated": (part(zero, stage=3, accumulate=2), part(alone, parts=2)),
     "DeepSpeed, ZeRO-2, bfloat16": (part(zero, stage=2, dtype=torch.bfloat16), alone),
     "Accelerate, DeepSpeed ZeRO-2": (part(accelerate, plugin=2), alone),

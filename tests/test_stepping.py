@@ -94,6 +94,48 @@ def test_own_is_adamw_without_decay_at_the_rate_of_the_last_group():
     assert_same(own.train(4), host.train(4))
 
 
+@pytest.mark.parametrize("optimizer", ["own", SGD])
+@pytest.mark.parametrize("rates", [(0.0, 0.5, 0.01), (0.3, 0.0, 0.0), (0.1, 0.1, 0.1)])
+def test_a_host_that_steps_one_group_at_a_time_is_followed_at_its_last_one(optimizer, rates):
+    def make(parameters):
+        first, second, *rest = parameters
+        parts = zip(([first], [second], rest), rates, strict=True)
+        groups = [{"params": part, "lr": rate, "initial_lr": 0.1} for part, rate in parts]
+        return torch.optim.SGD(groups)
+
+    def step_each_group():  # as DeepSpeed's ZeRO-1 and ZeRO-2 do
+        host = apart.optimizer
+        for group in groups:
+            host.param_groups = [group]
+            torch.optim.SGD.step(host)
+        host.param_groups = groups
+
+    apart, whole = Run(optimizer, make), Run(optimizer, make)
+    groups = apart.optimizer.param_groups
+    apart.optimizer.step = step_each_group
+    assert_same(apart.train(4), whole.train(4))
+    assert_close(apart.reg.state_dict(), whole.reg.state_dict(), rtol=0, atol=0)
+
+
+def test_another_step_of_the_model_s_optimizer_takes_no_step_of_the_centroids_again():
+    run = Run("own").train(2)
+    centroids, _ = run.tensors
+    expected = centroids.clone()
+    run.optimizer.param_groups[0]["lr"] = 0.5
+    run.optimizer.step()
+    assert_close(centroids, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda reg: pickle.loads(pickle.dumps(reg))])
+def test_a_copy_after_a_step_does_not_carry_the_model_s_optimizer(way):
+    run = Run("own").train(1)
+    reg = run.reg.regularizer
+    assert reg._stepper.taken.host is run.optimizer
+    copied = way(reg)
+    assert copied._stepper.taken is None
+    assert_close(copied.state_dict(), reg.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("make", [SGD, ADAMW])
 @pytest.mark.parametrize("scheduler", ["StepLR", "LinearLR", "OneCycleLR"])
 def test_own_centroids_follow_any_schedule_of_the_model_s_optimizer(make, scheduler):
