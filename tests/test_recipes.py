@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -631,16 +632,18 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-if os.environ.get("ACCELERATE_USE_FSDP"):  # over gloo; Accelerate looks for a device
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType("MULTI_GPU"))
+kind = sys.argv[2]
+if kind != "MULTI_CPU":  # over gloo; Accelerate looks for a device
+    found = "MULTI_GPU" if kind == "FSDP" else "MULTI_CPU"
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType(found))
 
 import train as training
 from recipes import Recipe
 
 recipe = json.loads(sys.argv[1])
 training.train(Recipe.from_dict(recipe))
-if os.environ.get("ACCELERATE_USE_FSDP"):
-    assert training.Accelerator().is_fsdp2
+assert training.Accelerator().distributed_type == kind
+if kind != "MULTI_CPU":
     recipe |= {"out": recipe["out"] + "-stopped"}
     calls = []
 
@@ -659,49 +662,89 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 shards on devices only")
-def test_a_recipe_under_fsdp2_is_that_of_ddp_and_resumes_exactly(tmp_path):
+@pytest.mark.parametrize("file", ["fsdp2.yaml", "zero2.yaml"])
+def test_a_recipe_under_an_engine_is_that_of_ddp_and_resumes_exactly(file, tmp_path):
+    config = yaml.safe_load((SCRIPTS / file).read_text())
+    engine, shipped = config["distributed_type"], {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    if engine == "DEEPSPEED":
+        pytest.importorskip("deepspeed")
+        of_engine = config["deepspeed_config"]
+        shipped |= {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(of_engine["zero_stage"]),
+            "ACCELERATE_GRADIENT_CLIPPING": str(of_engine["gradient_clipping"]),
+            "DS_ACCELERATOR": "cpu",
+            "DS_BUILD_OPS": "0",
+        }
+    else:
+        if torch.__version__ < "2.7":
+            pytest.skip("torch 2.6 shards on devices only")
+        shipped |= {key.upper(): str(value).lower() for key, value in config["fsdp_config"].items()}
+        # As shipped, but for shards inside of the model, too: these are gathered in each forward.
+        shipped["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
+        shipped["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "MLP"
+        shipped["ACCELERATE_USE_FSDP"] = "true"
     # Three images to validate: the processes do not call the model equally often.
     folder = tiny_data.make_folder(tmp_path / "data", train=5, val=3)
     script = tmp_path / "script.py"
     script.write_text(UNDER_AN_ENGINE)
-    config = yaml.safe_load((SCRIPTS / "fsdp2.yaml").read_text())
-    assert config["distributed_type"] == "FSDP"
-    shipped = {name.upper(): str(value).lower() for name, value in config["fsdp_config"].items()}
-    # As shipped, but for shards inside of the model, too: these are gathered in each forward.
-    shipped["FSDP_AUTO_WRAP_POLICY"] = "TRANSFORMER_BASED_WRAP"
-    shipped["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "MLP"
-    shipped |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    for name, engine in (("ddp", {}), ("fsdp2", shipped)):
+    for name, kind, environment in (("ddp", "MULTI_CPU", {}), ("engine", engine, shipped)):
         recipe = tiny(folder, tmp_path / name, crop=(64, 64), cpu=name == "ddp")
-        in_two_processes(script, json.dumps(recipe.to_dict()), **engine)
+        in_two_processes(script, json.dumps(recipe.to_dict()), kind, **environment)
     files = ("last.safetensors", "best.safetensors", "last.centroids.safetensors")
     for file in files:
-        sharded, about = weights.load_weights(tmp_path / "fsdp2" / file)
-        again, _ = weights.load_weights(tmp_path / "fsdp2-stopped" / file)
+        sharded, about = weights.load_weights(tmp_path / "engine" / file)
+        again, _ = weights.load_weights(tmp_path / "engine-stopped" / file)
         assert about["step"] == 6 or file.startswith("best")
         assert_close(again, sharded, rtol=0, atol=0)
     for file in files[::2]:
         expected, _ = weights.load_weights(tmp_path / "ddp" / file)
-        sharded, _ = weights.load_weights(tmp_path / "fsdp2" / file)
+        sharded, _ = weights.load_weights(tmp_path / "engine" / file)
         own = "optimizer" if "centroids" in file else "none"  # the centroids' moments
         sharded = {name: value for name, value in sharded.items() if own not in name}
         assert_close(sharded, expected, rtol=0, atol=1e-5)
     scores = [
         json.loads((tmp_path / name / "scores.json").read_text())["mIoU"]
-        for name in ("ddp", "fsdp2", "fsdp2-stopped")
+        for name in ("ddp", "engine", "engine-stopped")
     ]
     assert_close(scores, 3 * scores[:1], rtol=0, atol=0.5)
 
 
-def test_an_engine_without_whole_states_is_refused_with_the_one_to_use(
-    folder, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("stage", "options", "told"),
+    [
+        (None, {}, "got FSDP1. Use accelerate launch --config_file"),
+        (3, {}, "must be at most 2, got 3,"),
+        (2, {"precision": "fp16"}, "no or bf16 under DeepSpeed, got fp16"),
+        (2, {"batch_size": 3, "accumulate": 2}, "processes x accumulate, 1 x 2, got 3"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused(
+    stage, options, told, folder, tmp_path, monkeypatch
 ):
-    kind = training.DistributedType.DEEPSPEED
-    monkeypatch.setattr(training.Accelerator, "distributed_type", kind)
-    with pytest.raises(ValueError, match=r"got DeepSpeed\. Use accelerate launch --config_file"):
-        train(tiny(folder, tmp_path / "run"))
+    class Accelerator:
+        num_processes, is_fsdp2 = 1, False
+        distributed_type = training.DistributedType("FSDP" if stage is None else "DEEPSPEED")
+        state = SimpleNamespace(
+            deepspeed_plugin=SimpleNamespace(
+                deepspeed_config={"zero_optimization": {"stage": stage}}
+            )
+        )
+
+    monkeypatch.setattr(training, "Accelerator", lambda **_: Accelerator)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        train(tiny(folder, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_state_of_deepspeed_is_not_taken_for_a_whole_one(folder, tmp_path):
+    recipe = tiny(folder, tmp_path / "run", steps=2)
+    train(recipe)
+    state = state_of(tmp_path / "run")
+    weights.save_state(tmp_path / "run" / "last.pt", {**state, "files": 8})
+    told = "DeepSpeed in 8 processes, this is one of DDP or FSDP2. Go on with that"
+    with pytest.raises(ValueError, match=told):
+        train(replace(recipe, resume=True))
 
 
 @pytest.mark.slow

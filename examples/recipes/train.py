@@ -4,6 +4,7 @@
     python examples/recipes/train.py ade20k-segformer-b0 --data-root DIR --no-mvsc
     accelerate launch examples/recipes/train.py cocostuff10k-segformer-b4 --data-root DIR
     accelerate launch --config_file examples/recipes/fsdp2.yaml examples/recipes/train.py ...
+    accelerate launch --config_file examples/recipes/zero2.yaml examples/recipes/train.py ...
     python examples/recipes/train.py folder-segformer-lite0 --data-root DIR --resume
 
 The run's folder gets ``metrics.jsonl``, ``scores.json``, TensorBoard events,
@@ -11,9 +12,12 @@ The run's folder gets ``metrics.jsonl``, ``scores.json``, TensorBoard events,
 classes in their metadata), the centroids beside each, and ``last.pt``, from which ``--resume``
 goes on exactly: a step is a function of the state before it and of (seed, step), so a run that
 was killed ends with the weights of one that was not. Ctrl-C finishes the step and saves.
+
+Under DeepSpeed the engine's own state lies beside ``last.pt``, a part for each process.
 """
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -49,7 +53,7 @@ from mvsc import diagnostics
 from recipes import FREE, RECIPES, Recipe, check_recipe
 from weights import load_state, save_state, save_weights, write_whole
 
-STATE = "last.pt"
+STATE, ENGINE = "last.pt", "deepspeed"
 SHOWN = ("loss", "cross_entropy", "align", "pull", "classify", "group_similarity")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -104,27 +108,9 @@ def train(
         StoppedAndSaved: after Ctrl-C or SIGTERM.
     """
     check_recipe(recipe)
-    accelerator = Accelerator(
-        cpu=recipe.cpu,
-        mixed_precision=recipe.precision,
-        gradient_accumulation_steps=recipe.accumulate,
-    )
+    accelerator = make_accelerator(recipe)
     device = accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    if accelerator.distributed_type == DistributedType.DEEPSPEED or (
-        sharded and not accelerator.is_fsdp2
-    ):
-        raise ValueError(
-            "the engine must be DDP or FSDP2, whose states are one whole file, got "
-            f"{'FSDP1' if sharded else 'DeepSpeed'}. Use accelerate launch --config_file "
-            "examples/recipes/fsdp2.yaml, or torchrun."
-        )
-    if recipe.batch_size % (processes * recipe.accumulate):
-        raise ValueError(
-            f"batch_size must be a multiple of processes x accumulate, {processes} x "
-            f"{recipe.accumulate}, got {recipe.batch_size}."
-        )
     data, val = (open_split(recipe.layout, recipe.data_root, split) for split in ("train", "val"))
 
     # The same initial weights with MVSC and without: its own come from a private stream.
@@ -135,18 +121,19 @@ def train(
     )
     if recipe.sync_bn and processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
-    # FSDP2 in Accelerate takes the optimizer apart and knows the model's parameters only. What the
-    # centroids' own optimizer follows is its last group, the head's: the same learning rate.
-    reg = regularize(segmenter.model, recipe, **({"optimizer": "own"} if sharded else {}))
+    # These take the optimizer apart and know the model's parameters only. What the centroids' own
+    # optimizer follows is its last group, the head's: the same learning rate.
+    own = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    reg = regularize(segmenter.model, recipe, **({"optimizer": "own"} if own else {}))
     optimizer = torch.optim.AdamW(parameter_groups(segmenter, recipe), lr=recipe.lr)
     if reg is not None:
         reg.to(device)
-        if not sharded:
+        if not own:
             optimizer.add_param_group(reg.param_group(lr=recipe.lr * recipe.head_lr))
     schedule = warmup_then_poly(optimizer, recipe)
     model, optimizer = accelerator.prepare(segmenter.model, optimizer)
 
-    run = Run(recipe, accelerator, segmenter, reg, optimizer, schedule, list(data.classes))
+    run = Run(recipe, accelerator, model, segmenter, reg, optimizer, schedule, list(data.classes))
     step = run.start()
 
     def judge(step: int) -> None:
@@ -206,6 +193,47 @@ def train(
         mvsc.assert_in_sync(reg)
     run.finish()
     return run.scores
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Set up processes, devices, precision and engine, as the launcher asks for them.
+
+    Raises:
+        ValueError: if the engine or the number of processes does not fit.
+    """
+    accelerator = Accelerator(
+        cpu=recipe.cpu,
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulate,
+    )
+    parts = accelerator.num_processes * recipe.accumulate
+    if recipe.batch_size % parts:
+        raise ValueError(
+            "batch_size must be a multiple of processes x accumulate, "
+            f"{accelerator.num_processes} x {recipe.accumulate}, got {recipe.batch_size}."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "the engine must be DDP, FSDP2 or DeepSpeed, got FSDP1. Use accelerate launch "
+            "--config_file examples/recipes/fsdp2.yaml, or torchrun."
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        stage = config["zero_optimization"]["stage"]
+        if stage == 3:
+            raise ValueError(
+                "the stage of ZeRO must be at most 2, got 3, whose weights are in parts, too. Use "
+                "accelerate launch --config_file examples/recipes/fsdp2.yaml, which parts the same."
+            )
+        if recipe.precision == "fp16":
+            raise ValueError("precision must be no or bf16 under DeepSpeed, got fp16.")
+        # What Accelerate puts there casts the whole model, and its batch norms.
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": recipe.precision == "bf16", "dtype": "bfloat16"}
+        config["train_micro_batch_size_per_gpu"] = recipe.batch_size // parts
+        # Accelerate drops a 0 of its own file, and DeepSpeed's default is to clip.
+        config.setdefault("gradient_clipping", 0.0)
+    return accelerator
 
 
 def losses(
@@ -289,6 +317,7 @@ class Run:
         self,
         recipe: Recipe,
         accelerator: Accelerator,
+        prepared: nn.Module,
         segmenter: Segmenter,
         reg: Any,
         optimizer: Any,
@@ -303,6 +332,12 @@ class Run:
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
         self.sharded = isinstance(self.model, FSDPModule)
+        # DeepSpeed writes its optimizer's state itself, a file for each process.
+        self.engine: Any = None
+        self.files, self.files_step = 0, -1
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.engine, self.files = prepared, accelerator.num_processes
+            del self.parts["optimizer"]
         self.folder = recipe.folder
         self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / STATE
         self.main = accelerator.is_main_process
@@ -417,13 +452,20 @@ class Run:
         if self.sharded:
             optimizer = self.parts["optimizer"].optimizer
             states["optimizer"] = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
+        if self.engine is not None and self.files_step != step:
+            self.engine.save_checkpoint(self.folder / ENGINE, f"step-{step}", save_latest=False)
+            self.accelerator.wait_for_everyone()
+            self.files_step = step
         if self.main:
             for name, part in self.parts.items():
                 if name not in states:
                     states[name] = part.state_dict()
             about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "judged": judged}
-            found = {"best": self.best, "scores": self.scores}
+            found = {"best": self.best, "scores": self.scores, "files": self.files}
             save_state(self.state, {"step": step, **about, **found, **states})
+            for files in self.folder.glob(f"{ENGINE}/step-*"):
+                if files.name != f"step-{step}":
+                    shutil.rmtree(files)
         self.since = time.perf_counter()
 
     def finish(self) -> None:
@@ -449,6 +491,11 @@ class Run:
                 f"{self.folder} holds a run on the classes {', '.join(state['classes'])}, the data "
                 f"have {', '.join(self.classes)}. Choose another folder with --out."
             )
+        if (files := state.get("files", 0)) != self.files:
+            raise ValueError(
+                f"{self.folder} holds a run of {engine_of(files)}, this is one of "
+                f"{engine_of(self.files)}. Go on with that, or choose another folder with --out."
+            )
         parts = dict(self.parts)
         if self.sharded:
             set_state_dict(
@@ -461,7 +508,11 @@ class Run:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self.best, self.scores, self.judged = state["best"], state["scores"], state["judged"]
-        return int(state["step"])
+        step = int(state["step"])
+        if self.engine is not None:
+            self.engine.load_checkpoint(self.folder / ENGINE, f"step-{step}")
+            self.files_step = step
+        return step
 
     def _weights(self) -> dict[str, Tensor]:
         """Return the model's weights; where they are sharded, all processes gather them."""
@@ -484,6 +535,11 @@ class Run:
                 file.write(json.dumps({"step": step, **line}) + "\n")
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
+
+
+def engine_of(files: int) -> str:
+    """Say what wrote a state: DeepSpeed's is so many files beside it."""
+    return f"DeepSpeed in {files} processes" if files else "DDP or FSDP2"
 
 
 def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
