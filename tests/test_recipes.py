@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -565,6 +566,8 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d "
     "--rdzv-endpoint 127.0.0.1:0",
+    "torchrun, two nodes": "torch.distributed.run --nnodes 2 --nproc-per-node 1 "
+    "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port}",
     # On CPUs it starts several processes through MPI only.
     "accelerate launch": "accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no",
@@ -1022,8 +1025,16 @@ def test_every_script_runs_from_any_folder(name, tmp_path):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_recipe_is_trained_by_the_launchers_of_the_docs(folder, tmp_path, name):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", *LAUNCHERS[name].split(), SCRIPTS / "train.py"]
-    command += ["folder-segformer-lite0", *SMALL.split(), "--batch-size", 4, "--crop", 64, 64]
-    command += ["--data-root", folder, "--out", out]
-    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    launchers = [LAUNCHERS[name]]
+    if "nnodes" in LAUNCHERS[name]:  # as on two machines, which meet at one address
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            launchers = 2 * [launchers[0].format(port=free.getsockname()[1])]
+    recipe = ["folder-segformer-lite0", *SMALL.split(), "--batch-size", 4, "--crop", 64, 64]
+    recipe += ["--data-root", folder, "--out", out]
+    nodes = []
+    for launcher in launchers:
+        command = [sys.executable, "-m", *launcher.split(), SCRIPTS / "train.py", *recipe]
+        nodes.append(subprocess.Popen([str(part) for part in command]))
+    assert [node.wait(timeout=300) for node in nodes] == [0] * len(nodes)
     assert {"best.safetensors", "last.pt", "scores.json"} <= {path.name for path in out.iterdir()}
