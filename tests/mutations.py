@@ -3,7 +3,7 @@
     python tests/mutations.py            # all, a quarter of an hour on 2 cores
     python tests/mutations.py 3 17       # some, by number
 
-Works on a copy in a temporary folder. Prints the table of docs/mutations.md. The file of tests
+Works on a copy in a temporary folder. Prints a table. The file of tests
 that stands beside the file with the bug is run first, and the first failure ends the run. Each
 run is a fork of this process, which has imported torch already; so it needs a POSIX system.
 """
@@ -29,6 +29,7 @@ TESTS = (
     "labels",
     "classifier",
     "watch",
+    "stepping",
     "regularizer",
     "state",
     "tap",
@@ -106,6 +107,15 @@ BUGS = [
     ("regularizer", "        self._advance()\n        ask", "        self._advance()\n        self._last = features\n        ask", "the features are kept on the module"),
     ("regularizer", "rank = distributed.rank(self.process_group)", "rank = distributed.rank()", "the rank is that of the world, not of the group"),
     ("distributed", "dist.all_reduce(total, group=group)", "dist.all_reduce(total)", "the group is forgotten"),
+    ("stepping", "if len(host.param_groups) == 1:", "if False:", "the rate of the first group, where a host steps one at a time"),
+    ("stepping", "host is taken.host and group is not taken.group:", "host is taken.host:", "a second step of the host is taken along"),
+    ("stepping", "centroids.copy_(taken.centroids)", "pass", "a step that is taken again begins where it ended"),
+    ("stepping", "optimizer.load_state_dict(copy.deepcopy(taken.optimizer))", "pass", "a step that is taken again counts twice in the moments"),
+    ("stepping", 'return {**self.__dict__, "taken": None}', "return self.__dict__", "a copy carries the model's optimizer"),
+    ("stepping", "mean = (sums[:-1] / sums[-1]).view_as(grad)", "mean = sums[:-1].view_as(grad)", "a loss scale reaches the centroids"),
+    ("stepping", "return torch.where(mean.isfinite().all(), mean, 0.0)", "return mean", "an overflow reaches the centroids"),
+    ("stepping", "            state = {\"step\": torch.zeros(()), ", "            state = {\"step\": torch.ones(()), ", "AdamW begins at its second step"),
+    ("stepping", "if centroids.grad is not None:", "if True:", "a step without a backward"),
     ("tap", '        options["channels_last"] = reads_rows(classifier)\n', '        options["channels_last"] = False\n', "channels of a Linear's input taken for rows"),
     ("tap", "        self.working = True  # The call", "        self.working = False  # The call", "the regularizer's own call of the classifier is a forward"),
     ("tap", "features.clone() if module.inplace else features", "features", "what an in-place dropout left is tapped"),
