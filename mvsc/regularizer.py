@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -167,6 +168,11 @@ class MVSCRegularizer(nn.Module):
         self._check_settings()
         self._sizes = num_classes, dim, groups
         centroids = torch.empty(groups, num_classes, dim, dtype=torch.float32)
+        if centroids.dtype != torch.float32 or hasattr(centroids, "ds_id"):
+            raise ValueError(
+                "the centroids must be whole and float32, and something casts or parts what is "
+                "made here, as deepspeed.zero.Init does. Attach after that context."
+            )
         self._stepper = None if optimizer == "host" else Stepper(optimizer)
         if self._stepper is None:
             self.centroids = nn.Parameter(centroids)
@@ -291,6 +297,14 @@ class MVSCRegularizer(nn.Module):
         """
         total = equations.weighted_sum(terms, self._weights())
         return total if self._stepper is None else self._stepper.weigh(total)
+
+    @property
+    def optimizer(self) -> SimpleNamespace:
+        """What an optimizer of their own keeps, by name; empty where the model's steps them.
+
+        Who walks the keys of a state by attributes, as torch's checkpoints do, finds it.
+        """
+        return SimpleNamespace(**({} if self._stepper is None else self._stepper.state))
 
     def param_group(self, **overrides: Any) -> dict[str, Any]:
         """Return the centroids as a parameter group for the optimizer, without weight decay.
@@ -558,7 +572,7 @@ class MVSCRegularizer(nn.Module):
             self.step += 1
             self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
             if self._stepper is not None:
-                self._stepper.forget_overflow(self.centroids)
+                self._stepper.begin(self.centroids)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
         # FSDP2's mixed precision hands out the centroids in half precision, too.

@@ -6,15 +6,17 @@ the gradient of a zero that was added to it.
 """
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from mvsc import checks, distributed
+from mvsc.watch import Watch
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 """Makes an optimizer of the tensors it is given, as ``partial(torch.optim.SGD, lr=0.1)`` does."""
@@ -26,20 +28,45 @@ class Owner(Protocol):
     centroids: Tensor
     sync: Any
     process_group: Any
+    _watch: Watch
 
 
 _steppers: "WeakKeyDictionary[Owner, Stepper]" = WeakKeyDictionary()
 """Of each regularizer that lives, in the order of making, which is that of all processes."""
 
 _hook: Any = None
+_here = threading.local()
+
+_SILENT_STEPS = 100
+
+_BY_HAND = (
+    "the loss was added up from reg.terms(labels) by hand, so by how much it is multiplied "
+    "(a loss scale, accumulation) does not show, and the centroids' own optimizer follows the "
+    "multiplied gradient. Add reg.total(terms) instead."
+)
+_NO_GRADIENT = (
+    f"the model's optimizer has stepped {_SILENT_STEPS} times after forwards with MVSC, and no "
+    "gradient came to the centroids: torch.autograd.grad, backward(inputs=...) and zero-bubble "
+    'pipelines leave them out. Use loss.backward(), or optimizer="host".'
+)
+_NO_INITIAL_RATE = (
+    "the model's optimizer has changed its learning rate, but its last group has no initial_lr to "
+    "compare with, so the centroids' own optimizer keeps its rate. Set "
+    'optimizer.param_groups[-1]["initial_lr"] to the rate at the start, or use optimizer="own".'
+)
 
 
 class Taken(NamedTuple):
-    """A step that was taken: of which host, at which group's rate, along what, from where."""
+    """The step that was taken last: at what rate, along what, from where.
 
-    host: Optimizer
-    group: dict[str, Any]
+    And the host, with the rates of those of its groups that have stepped since.
+    """
+
+    host: ReferenceType[Optimizer]
+    rates: dict[int, float]
+    rate: float
     mean: Tensor
+    finite: Tensor
     centroids: Tensor
     optimizer: dict[str, Any]
 
@@ -47,9 +74,14 @@ class Taken(NamedTuple):
 def _after_step(host: Optimizer, *_: Any) -> None:
     """Let each stepper step after an optimizer that is none of theirs."""
     steppers = list(_steppers.items())
-    if not any(host is stepper.optimizer for _, stepper in steppers):
+    if getattr(_here, "stepping", False) or any(host is each.optimizer for _, each in steppers):
+        return
+    _here.stepping = True  # What wraps an optimizer lets it step, too.
+    try:
         for owner, stepper in steppers:
             stepper.step(owner, host)
+    finally:
+        _here.stepping = False
 
 
 class Stepper:
@@ -66,6 +98,7 @@ class Stepper:
 
     Raises:
         TypeError: if it is neither, or does not make an optimizer.
+        ValueError: if a state is loaded that is another kind of optimizer's.
     """
 
     def __init__(self, optimizer: Literal["own"] | MakeOptimizer) -> None:
@@ -73,12 +106,13 @@ class Stepper:
             raise TypeError(
                 'optimizer must be "host", "own" or a callable that makes an optimizer of a list '
                 f"of tensors, got {checks.describe(optimizer)}. "
-                "Use functools.partial(torch.optim.AdamW, lr=1e-3)."
+                "Use functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)."
             )
         self.make = optimizer
         self.optimizer: Optimizer | None = None
         self.loaded: dict[str, Tensor] = {}
         self.taken: Taken | None = None
+        self.waiting, self.silent_steps = False, 0
         self.zero: Tensor  # its gradient is what the loss was multiplied by
 
     def follow(self, owner: Owner) -> None:
@@ -111,41 +145,92 @@ class Stepper:
         DeepSpeed lets its optimizer step once for each group, and see no other: the step is taken
         at the first group's rate, and again, from where it began, at that of each that follows.
         """
-        centroids, group, taken = owner.centroids, host.param_groups[-1], self.taken
+        centroids, group, last = owner.centroids, host.param_groups[-1], self.taken
+        now = {id(group["params"][0]) if group["params"] else id(group): float(group["lr"])}
+        if last is not None and last.host() is not host:
+            last = None
+        optimizer = self._optimizer_of(centroids)
+        rate = self._rate(optimizer, group)
         if centroids.grad is not None:
-            mean = self._mean_gradient(centroids.grad, owner)
-            optimizer = self._optimizer_of(centroids)
-            self.taken = None
-            if len(host.param_groups) == 1:
-                began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
-                self.taken = Taken(host, group, mean, *began)
-        elif taken is not None and host is taken.host and group is not taken.group:
-            mean, optimizer = taken.mean, self._optimizer_of(centroids)
+            if last is not None and self.make != "own" and "initial_lr" not in group:
+                self._notice_schedule(owner, last.rates, now)
+            along = self._mean_gradient(owner, centroids.grad)
+            began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
+            taken = Taken(ref(host), now, rate, *along, *began)
+        elif last is not None and len(host.param_groups) == 1 and not now.keys() & last.rates:
+            last.rates.update(now)
+            if rate == last.rate:
+                return
+            taken = last._replace(rate=rate)
             with torch.no_grad():
                 centroids.copy_(taken.centroids)
             optimizer.load_state_dict(copy.deepcopy(taken.optimizer))
-            self.taken = taken._replace(group=group)
         else:
-            return  # No backward since: the host has several optimizers, or trains something else.
-        rate = float(group["lr"])
-        if self.make != "own":
-            rate = optimizer.defaults["lr"] * (rate / float(group.get("initial_lr", rate) or 1.0))
+            self._notice_silence(owner)
+            self.taken = None
+            self.zero.grad = None  # A loss of which MVSC was no part has none in the mean.
+            return
         optimizer.param_groups[0]["lr"] = rate
-        centroids.grad = mean
+        centroids.grad = taken.mean
         optimizer.step()
+        self._undo_unless(taken.finite, taken, optimizer, centroids)
         centroids.grad = self.zero.grad = None
+        self.taken, self.waiting, self.silent_steps = taken, False, 0
 
-    def _mean_gradient(self, grad: Tensor, owner: Owner) -> Tensor:
-        weight = torch.ones_like(self.zero) if self.zero.grad is None else self.zero.grad
-        sums = torch.cat([grad.flatten(), weight.reshape(1).to(grad)])
+    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> float:
+        """Return the rate that goes with a host's group."""
+        rate = float(group["lr"])
+        if self.make == "own":
+            return rate
+        factor = rate / float(group["initial_lr"] or 1.0) if "initial_lr" in group else 1.0
+        return float(optimizer.defaults["lr"]) * factor
+
+    def _notice_schedule(
+        self, owner: Owner, before: dict[int, float], now: dict[int, float]
+    ) -> None:
+        """Warn if a group has another rate than before, and none to compare it with."""
+        if any(before.get(group, rate) != rate for group, rate in now.items()):
+            owner._watch.say("rate", _NO_INITIAL_RATE)
+
+    def _mean_gradient(self, owner: Owner, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean over backwards and processes, and whether it is finite; 0 where not."""
+        weight = self.zero.grad
+        if weight is None:
+            owner._watch.say("by hand", _BY_HAND)
+            weight = torch.ones_like(self.zero)
+        sums = torch.cat([grad.detach().flatten(), weight.detach().reshape(1).to(grad)])
         if owner.sync == "auto":
             sums = distributed.sum_over_processes(sums, owner.process_group)
         mean = (sums[:-1] / sums[-1]).view_as(grad)
         # A loss that was multiplied by 0 or overflowed has no gradient to follow.
-        return torch.where(mean.isfinite().all(), mean, 0.0)
+        finite = mean.isfinite().all()
+        return torch.where(finite, mean, 0.0), finite
 
-    def forget_overflow(self, centroids: Tensor) -> None:
-        """Drop a gradient that is not finite: mixed precision has skipped the host's step."""
+    def _undo_unless(
+        self, finite: Tensor, taken: Taken, optimizer: Optimizer, centroids: Tensor
+    ) -> None:
+        """Undo a step along nothing: momentum moves, too. What is on another device stays."""
+        now, before = optimizer.state.get(centroids, {}), taken.optimizer["state"].get(0, {})
+        if not before and isinstance(now.get("step"), Tensor):
+            before = {"step": torch.zeros_like(now["step"])}
+        pairs = [(now[name], value) for name, value in before.items() if name in now]
+        pairs.append((centroids, taken.centroids))
+        with torch.no_grad():
+            for value, old in pairs:
+                if isinstance(value, Tensor) and value.device == finite.device:
+                    value.copy_(torch.where(finite, value, old))
+
+    def _notice_silence(self, owner: Owner) -> None:
+        """Warn if losses with MVSC come and go, and no gradient ever does."""
+        silent = self.waiting and self.zero.grad is None
+        self.silent_steps = self.silent_steps + 1 if silent else 0
+        self.waiting = False
+        if self.silent_steps == _SILENT_STEPS:
+            owner._watch.say("idle", _NO_GRADIENT)
+
+    def begin(self, centroids: Tensor) -> None:
+        """Begin a step; drop a gradient that is not finite, whose step mixed precision skipped."""
+        self.waiting = torch.is_grad_enabled()
         grad, weight = centroids.grad, self.zero.grad
         if grad is not None and weight is not None:
             finite = grad.isfinite().all() & weight.isfinite()
@@ -165,12 +250,17 @@ class Stepper:
     def state(self, state: dict[str, Tensor]) -> None:
         self.optimizer = None
         self.loaded = {name: value.detach().clone() for name, value in state.items()}
+        count = self.loaded.get("step")
+        if count is not None and count.is_floating_point():
+            self.loaded["step"] = count.float()  # In half precision it stands still at 256.
 
     def _optimizer_of(self, centroids: Tensor) -> Optimizer:
         """Return the optimizer; made anew, with its state, where the centroids were moved."""
         if self.optimizer is not None and self.optimizer.param_groups[0]["params"][0] is centroids:
             return self.optimizer
         state = self.state
+        if any(value.is_meta for value in state.values()) and not centroids.is_meta:
+            state = {}  # Memory came, and no values yet.
         made: Any = (
             torch.optim.AdamW([centroids], weight_decay=0.0)
             if self.make == "own"
@@ -179,12 +269,22 @@ class Stepper:
         if not isinstance(made, Optimizer) or "lr" not in made.defaults:
             raise TypeError(
                 "optimizer must make a torch.optim.Optimizer with a learning rate, got "
-                f"{checks.describe(made)}. Use functools.partial(torch.optim.AdamW, lr=1e-3)."
+                f"{checks.describe(made)}. "
+                "Use functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)."
             )
-        if self.make == "own" and not state:
+        kept = set(made.state.get(centroids, {}))
+        if self.make == "own":
             # As AdamW begins. A checkpoint that is loaded in place finds all of it by name.
             first, second = (torch.zeros_like(centroids, requires_grad=False) for _ in range(2))
-            state = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
+            count = torch.zeros((), dtype=torch.float32)
+            fresh = {"step": count, "exp_avg": first, "exp_avg_sq": second}
+            kept, state = set(fresh), state or fresh
+        if state and kept and kept != set(state):
+            self.loaded = {}
+            raise ValueError(
+                f"the state must be one of {type(made).__name__}, {sorted(kept)}, got "
+                f"{sorted(state)}. Attach with the optimizer of which the state is."
+            )
         if state:
             groups = made.state_dict()["param_groups"]
             made.load_state_dict({"state": {0: state}, "param_groups": groups})

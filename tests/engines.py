@@ -447,7 +447,8 @@ def resumed_trainer(rank, engine=None):
 # Lightning.
 
 
-def lightning(rank, strategy="ddp", manual=False):
+def lightning(rank, strategy="ddp", manual=False, steps=STEPS, begin=None, end=None):
+    """Train from a checkpoint, if one is given, and to one."""
     import lightning
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import ModelParallelStrategy
@@ -462,8 +463,9 @@ def lightning(rank, strategy="ddp", manual=False):
             if strategy == "model_parallel":
                 fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
-        def training_step(self, pair, index):
-            loss = loss_of(self.model, self.reg, *pair)
+        def training_step(self, _, index):
+            # Of the step, since Lightning's loader begins again within an epoch.
+            loss = loss_of(self.model, self.reg, *batch(rank, self.global_step))
             if manual:
                 self.optimizers().zero_grad()
                 self.manual_backward(loss)
@@ -473,13 +475,6 @@ def lightning(rank, strategy="ddp", manual=False):
         def configure_optimizers(self):
             return SGD(self.model.parameters())
 
-    class Batches(torch.utils.data.Dataset):
-        def __len__(self):
-            return STEPS
-
-        def __getitem__(self, step):
-            return batch(rank, step)
-
     if strategy == "model_parallel":
         strategy_ = ModelParallelStrategy(WORLD, 1, process_group_backend="gloo")
     else:
@@ -488,7 +483,7 @@ def lightning(rank, strategy="ddp", manual=False):
         accelerator="cpu",
         devices=WORLD,
         strategy=strategy_,
-        max_steps=STEPS,
+        max_steps=steps,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -497,9 +492,20 @@ def lightning(rank, strategy="ddp", manual=False):
         use_distributed_sampler=False,
     )
     module = Module()
-    run.fit(module, torch.utils.data.DataLoader(Batches(), batch_size=None, shuffle=False))
+    run.fit(module, torch.utils.data.DataLoader(range(STEPS), batch_size=None), ckpt_path=begin)
     assert run.world_size == WORLD
+    if end is not None:
+        run.save_checkpoint(end)
     return trained(module.model, module.reg)
+
+
+def resumed_lightning(rank, strategy):
+    """Return what a resumed run comes to, minus what one that did not stop comes to."""
+    middle = f"{os.environ['ENGINES_FOLDER']}/{strategy}.ckpt"
+    first = lightning(rank, strategy)
+    lightning(rank, strategy, steps=STEPS - 1, end=middle)
+    second = lightning(rank, strategy, begin=middle)
+    return {name: second[name] - first[name] for name in first}
 
 
 part = functools.partial
@@ -523,6 +529,10 @@ ROWS = {
     "Lightning, ddp": (lightning, alone),
     "Lightning, ddp, manual": (part(lightning, manual=True), alone),
     "Lightning, ModelParallelStrategy": (part(lightning, strategy="model_parallel"), alone),
+    "Lightning, ModelParallelStrategy, resumed": (
+        part(resumed_lightning, strategy="model_parallel"),
+        None,
+    ),
     "DeepSpeed, ZeRO-1": (part(zero, stage=1), alone),
     "DeepSpeed, ZeRO-2": (part(zero, stage=2), alone),
     "DeepSpeed, ZeRO-3": (part(zero, stage=3), alone),

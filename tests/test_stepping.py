@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ class Run:
         self.scaler.update()
         self.steps += 1
 
+    def step_without_mvsc(self):
+        images, labels = batch(10 * self.steps)
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(images), labels).backward()
+        self.reg.discard()
+        self.optimizer.step()
+
     def train(self, steps):
         for _ in range(steps):
             self.step()
@@ -103,8 +111,7 @@ def test_a_host_that_steps_one_group_at_a_time_is_followed_at_its_last_one(optim
         groups = [{"params": part, "lr": rate, "initial_lr": 0.1} for part, rate in parts]
         return torch.optim.SGD(groups)
 
-    def step_each_group():  # as DeepSpeed's ZeRO-1 and ZeRO-2 do
-        host = apart.optimizer
+    def step_each_group(host):  # as DeepSpeed's ZeRO-1 and ZeRO-2 do
         for group in groups:
             host.param_groups = [group]
             torch.optim.SGD.step(host)
@@ -112,8 +119,14 @@ def test_a_host_that_steps_one_group_at_a_time_is_followed_at_its_last_one(optim
 
     apart, whole = Run(optimizer, make), Run(optimizer, make)
     groups = apart.optimizer.param_groups
-    apart.optimizer.step = step_each_group
-    assert_same(apart.train(4), whole.train(4))
+    apart.optimizer.step = MethodType(step_each_group, apart.optimizer)
+    for run in (apart, whole):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.5)
+        for _ in range(3):
+            run.step()
+            schedule.step()
+            run.step_without_mvsc()
+    assert_same(apart, whole)
     assert_close(apart.reg.state_dict(), whole.reg.state_dict(), rtol=0, atol=0)
 
 
@@ -130,7 +143,7 @@ def test_another_step_of_the_model_s_optimizer_takes_no_step_of_the_centroids_ag
 def test_a_copy_after_a_step_does_not_carry_the_model_s_optimizer(way):
     run = Run("own").train(1)
     reg = run.reg.regularizer
-    assert reg._stepper.taken.host is run.optimizer
+    assert reg._stepper.taken.host() is run.optimizer
     copied = way(reg)
     assert copied._stepper.taken is None
     assert_close(copied.state_dict(), reg.state_dict(), rtol=0, atol=0)
@@ -156,6 +169,97 @@ def test_own_centroids_follow_any_schedule_of_the_model_s_optimizer(make, schedu
             schedule.step()
     for run in runs[1:]:
         assert_same(run, runs[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW])
+def test_a_rate_that_changes_with_nothing_to_compare_it_with_is_told(make):
+    run = Run(make, make).train(2)
+    run.optimizer.param_groups[0]["lr"] /= 2
+    with pytest.warns(UserWarning, match="its last group has no initial_lr") as caught:
+        run.train(2)
+    assert len(caught) == 1
+    run.optimizer.param_groups[0]["initial_lr"] = 2 * run.optimizer.param_groups[0]["lr"]
+    host = Run("host", make).train(2)
+    for group in host.optimizer.param_groups:
+        group["lr"] /= 2
+    run = Run(make, make)
+    run.optimizer.param_groups[0]["initial_lr"] = run.optimizer.param_groups[0]["lr"]
+    run.train(2).optimizer.param_groups[0]["lr"] /= 2
+    assert_same(run.train(2), host.train(2), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW])
+def test_steps_with_weights_of_zero_leave_no_trace_in_the_next_mean(make):
+    runs = [Run("host", make), Run(make, make)]
+    for run in runs:
+        reg = run.reg.regularizer
+        names = ("align_weight", "pull_weight", "classify_weight")
+        weights = [getattr(reg, name) for name in names]
+        for number in range(6):
+            for name, weight in zip(names, weights, strict=True):
+                setattr(reg, name, weight if number % 3 == 2 else 0.0)
+            run.step()
+    assert_same(runs[1], runs[0], rtol=1e-6, atol=1e-7)
+
+
+def test_a_fused_optimizer_that_skips_an_overflow_inside_is_no_step():
+    def make(parameters):
+        return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0, fused=True)
+
+    runs = [Run("host", make), Run(ADAMW, make)]
+    for run in runs:
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        run.step(factor=torch.inf)
+        run.train(2).step(factor=torch.inf)
+        run.train(2)
+    assert_same(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW])
+def test_a_loss_multiplied_by_zero_moves_own_centroids_no_more(make):
+    run = Run(make, make).train(2)
+    before = copy.deepcopy(run.reg.state_dict())
+    run.step(factor=0.0)
+    after = run.reg.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {"regularizer.step"}
+
+
+def test_a_sum_of_one_s_own_of_the_terms_is_told_that_its_factor_does_not_show():
+    run = Run("own")
+    images, labels = batch(0)
+    run.model(images)
+    sum(run.reg.terms(labels)).backward()
+    with pytest.warns(UserWarning, match=r"Add reg\.total\(terms\) instead"):
+        run.optimizer.step()
+
+
+def test_gradients_that_never_come_to_own_centroids_are_told():
+    run = Run("own")
+    parameters = list(run.model.parameters())
+
+    def step(number):
+        grads = torch.autograd.grad(run.loss(number), parameters)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        run.optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"Use loss\.backward\(\)") as caught:
+        [step(number) for number in range(101)]
+    assert len(caught) == 1
+
+
+def test_an_optimizer_that_wraps_another_steps_once():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+            super().__init__(inner.param_groups, inner.defaults)
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    wrapped = Run(lambda tensors: Lookahead(SGD(tensors)), SGD).train(3)
+    assert_same(wrapped, Run(SGD, SGD).train(3))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -238,6 +342,60 @@ def test_a_checkpoint_that_is_loaded_in_place_finds_the_moments_before_the_first
     resumed.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     resumed.steps = 2
     assert_same(resumed.train(2), whole.train(2))
+
+
+def test_torch_s_checkpoints_walk_the_state_of_a_module_that_holds_own_centroids():
+    from torch.distributed.checkpoint import state_dict as checkpoints
+
+    run = Run("own").train(2)
+    box = nn.ModuleDict({"model": run.model, "reg": run.reg})
+    options = checkpoints.StateDictOptions(full_state_dict=True)
+    saved = copy.deepcopy(checkpoints.get_model_state_dict(box, options=options))
+    assert "reg.regularizer.optimizer.exp_avg" in saved
+    expected = copy.deepcopy(box.state_dict())
+    run.train(1)
+    checkpoints.set_model_state_dict(box, saved, options=options)
+    assert_close(dict(box.state_dict()), dict(expected), rtol=0, atol=0)
+
+
+def test_the_count_of_steps_is_float32_wherever_it_was_made():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        reg = MVSCRegularizer(CLASSES, DIM, optimizer="own")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    state = reg.state_dict()
+    assert state["optimizer.step"].dtype == torch.float32
+    reg.load_state_dict({**state, "optimizer.step": torch.tensor(200.0, dtype=torch.bfloat16)})
+    count = reg.state_dict()["optimizer.step"]
+    assert (count.dtype, count.item()) == (torch.float32, 200.0)
+
+
+def test_own_centroids_leave_the_meta_device():
+    with torch.device("meta"):
+        reg = MVSCRegularizer(CLASSES, DIM, optimizer="own")
+    reg.to_empty(device="cpu").reset_parameters()
+    expected = MVSCRegularizer(CLASSES, DIM, optimizer="own").state_dict()
+    assert_close(dict(reg.state_dict()), dict(expected), rtol=0, atol=0)
+
+
+def test_what_casts_or_parts_the_centroids_as_they_are_made_is_refused(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **_: empty(*size, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"as deepspeed\.zero\.Init does\. Attach after"):
+        MVSCRegularizer(CLASSES, DIM)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused():
+    own, adagrad = (
+        MVSCRegularizer(CLASSES, DIM, optimizer=make)
+        for make in ("own", functools.partial(torch.optim.Adagrad, lr=0.1))
+    )
+    state = adagrad.state_dict()
+    with pytest.raises(ValueError, match=r"one of Adagrad, \['step', 'sum'\], got \['exp_avg'"):
+        adagrad.load_state_dict(own.state_dict())
+    with pytest.raises(ValueError, match="one of AdamW"):
+        own.load_state_dict(state)
 
 
 def test_the_state_is_that_of_other_centroids_and_the_moments():
