@@ -1,8 +1,9 @@
 """Three lines for any segmenter: find the pixel classifier and tap the features it reads."""
 
+import dataclasses
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, cast
 
 import torch
@@ -48,8 +49,9 @@ def attach(
         example: a batch for one forward in evaluation mode that proves the pick: a tensor, or a
             tuple or mapping of arguments.
         groups: G.
-        add_to_loss: whether to add the loss to ``output.loss`` of a model that takes ``labels``,
-            as those of transformers do: then no training loop has to be touched.
+        add_to_loss: whether to add the loss to that of a model that takes ``labels`` and returns
+            ``loss`` by name, or in a tuple the only scalar, as those of transformers do: then no
+            training loop has to be touched.
         **options: of :class:`MVSCRegularizer`. ``ignore_index``, by default that of the model's
             transformers config or else the regularizer's own, should be that of the model's own
             loss. ``num_classes`` and ``dim`` are the classifier's; if given, they have to be. One
@@ -259,20 +261,20 @@ class AddToLoss:
             self._notice_missing_labels(output)
             return output
         self.unlabelled = -1
-        if not isinstance(output, tuple) and getattr(output, "loss", None) is None:
+        key = _find_loss(output)
+        if key is None:
             self.tap.clear()
             raise RuntimeError(
-                f"{type(module).__name__} returned no loss for these labels to add to. "
-                "Attach without add_to_loss, and add reg(labels) to the loss yourself."
+                f"{type(module).__name__} returned no loss for these labels to add to: a "
+                f"{type(output).__name__} without a scalar called loss, and without one that is "
+                "its only scalar with a gradient. Attach without add_to_loss, and add reg(labels) "
+                "to the loss yourself."
             )
         loss = self.tap.use(self.regularizer, labels)
         self.tap.missing = ADDED
         if self.scale is not None:
             loss = self.scale() * loss
-        if isinstance(output, tuple):  # With return_dict=False the loss comes first.
-            return (output[0] + loss, *output[1:])
-        output.loss = output.loss + loss
-        return output
+        return _add_to(output, key, loss)
 
     def _notice_missing_labels(self, output: Any) -> None:
         """Warn once if no forward has had labels so far."""
@@ -285,6 +287,38 @@ class AddToLoss:
                 "had nothing to add. Pass labels to the model, or attach without add_to_loss and "
                 "add reg(labels) to the loss yourself."
             )
+
+
+def _find_loss(output: Any) -> Any:
+    """Return the name of the loss in a model's output, in a tuple its index; None if unclear."""
+    if isinstance(output, tuple | list):
+        names = getattr(output, "_fields", ())
+        places = [names.index("loss")] if "loss" in names else range(len(output))
+        found = [i for i in places if _is_scalar(output[i]) and output[i].requires_grad]
+        return found[0] if len(found) == 1 else None
+    mapping = isinstance(output, MutableMapping)
+    loss = output.get("loss") if mapping else getattr(output, "loss", None)
+    return "loss" if _is_scalar(loss) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+
+
+def _add_to(output: Any, key: Any, loss: Tensor) -> Any:
+    """Return the output, of the type that it has, with something added to what is at ``key``."""
+    if isinstance(output, tuple):
+        parts = [*output]
+        parts[key] = parts[key] + loss
+        return getattr(output, "_make", tuple)(parts)
+    if isinstance(output, MutableMapping | list):
+        output[key] = output[key] + loss
+        return output
+    try:
+        output.loss = output.loss + loss
+    except dataclasses.FrozenInstanceError:
+        output = dataclasses.replace(output, loss=output.loss + loss)
+    return output
 
 
 class _FirstForward:

@@ -1,9 +1,11 @@
 import copy
+import dataclasses
 import gc
 import io
 import pickle
 import weakref
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -692,8 +694,84 @@ def test_add_to_loss_needs_a_loss(images, labels):
 
     model = NoLoss()
     attach(model, add_to_loss=True)
-    with pytest.raises(RuntimeError, match="NoLoss returned no loss"):
+    with pytest.raises(RuntimeError, match="NoLoss returned no loss.*a SimpleNamespace without"):
         model(images, labels=labels)
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor
+    loss: Tensor
+
+
+class Unnamed(NamedTuple):
+    logits: Tensor
+    total: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    loss: Tensor
+    logits: Tensor
+
+    def __iter__(self):
+        return iter((self.loss, self.logits))
+
+
+class Returns(NetWithLoss):
+    """Its output is made of logits and loss by a function."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, images, labels=None):
+        output = super().forward(images, labels)
+        return self.make(output.logits, output.loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda z, loss: (z, loss), lambda out: out[1]),
+        (lambda z, loss: (z, z.mean().detach(), loss), lambda out: out[2]),
+        (lambda z, loss: Named(z, z.mean(), loss), lambda out: out.loss),
+        (Unnamed, lambda out: out.total),
+        (lambda z, loss: [z, loss], lambda out: out[1]),
+        (lambda z, loss: {"logits": z, "loss": loss}, lambda out: out["loss"]),
+        (lambda z, loss: Frozen(loss, z), lambda out: out.loss),
+    ],
+    ids=["tuple", "metric", "named", "unnamed", "list", "dict", "frozen"],
+)
+def test_add_to_loss_finds_the_loss_in_what_a_model_returns(images, labels, make, loss):
+    model = Returns(make)
+    plain = model(images, labels)
+    added = MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
+    attach(model, add_to_loss=True)
+    output = model(images, labels)
+    assert type(output) is type(plain)
+    assert_close(loss(output), loss(plain) + added)
+    parts = [getattr(out, "values", out.__iter__)() for out in (output, plain)]
+    logits = [next(part for part in each if part.ndim == 4) for each in parts]
+    assert_close(*logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda z, loss: (z, loss, z.mean()), "tuple"),
+        (lambda z, loss: (loss.expand(2), z), "tuple"),
+        (lambda z, loss: {"logits": z, "total": loss}, "dict"),
+        (lambda z, loss: SimpleNamespace(loss=loss.item(), logits=z), "SimpleNamespace"),
+    ],
+    ids=["two", "per image", "other name", "number"],
+)
+def test_add_to_loss_refuses_what_may_be_no_loss(images, labels, make, kind):
+    model = Returns(make)
+    reg = attach(model, add_to_loss=True)
+    with pytest.raises(RuntimeError, match=rf"Returns returned no loss.*a {kind} without"):
+        model(images, labels)
+    assert reg.regularizer.step == 0
 
 
 # Options and sizes.
