@@ -262,7 +262,8 @@ class Tap:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self.seen = None  # Not a map longer than it has to be.
 
-    def _before_dropout(self, module: _DropoutNd, args: tuple[Any, ...], kwargs: Any) -> None:
+    # Quantization's swap_module takes a layer's hooks over without their wish for kwargs.
+    def _before_dropout(self, module: _DropoutNd, args: Any, kwargs: Any = None) -> None:
         features = _first(args, kwargs)
         # Of several in a row the first one counts.
         if self.listens(module) and self.dropped is not features:
@@ -272,7 +273,7 @@ class Tap:
         if self.listens(module):
             self.dropped = output
 
-    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _before_classifier(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         features = _first(args, kwargs)
         if not self.listens(module):
             if self.classifier is not None and not self.working and _is_plain_eager():
@@ -325,5 +326,5 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
     return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    return next(iter([*args, *(kwargs or {}).values()]), None)

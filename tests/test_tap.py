@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.ao import quantization
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
@@ -451,6 +452,23 @@ def test_mixup_names_the_explicit_form_and_it_works(images, labels):
 
 
 # What no forward may fail of.
+
+
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.5)])
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_may_replace_the_classifier_of_an_attached_model(images, labels, dropout):
+    model = Net(dropout)
+    reg = attach(model)
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(model.train(), inplace=True)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"was replaced.*Call detach\(\) and attach again"):
+        reg(labels)
+    reg.detach()
+    model(images)
+    reg = attach(model)
+    model(images)
+    reg(labels).backward()
 
 
 @pytest.mark.parametrize(
