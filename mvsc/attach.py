@@ -14,15 +14,15 @@ from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier, why_not_the_logits
 from mvsc.hosts import HOSTS
 from mvsc.regularizer import MVSCRegularizer
-from mvsc.tap import ADDED, DATA_PARALLEL, UNLABELLED, Hook, Tap
+from mvsc.tap import ADDED, DATA_PARALLEL, PAST_THE_HOOKS, UNLABELLED, Hook, Tap
 from mvsc.watch import warn
 
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach"]
 
 logger = logging.getLogger("mvsc")
 
-_UNLABELLED_FORWARDS = 10
-"""Forwards without labels, and none with, after which add_to_loss says that it does nothing."""
+_IDLE_FORWARDS = 10
+"""Forwards in which add_to_loss had nothing to add, from the first on, after which it says so."""
 
 
 def attach(
@@ -213,7 +213,7 @@ class AddToLoss:
         scale: Callable[[], float] | None = None,
     ) -> None:
         self.tap, self.regularizer, self.scale = tap, regularizer, scale
-        self.unlabelled = 0
+        self.inside, self.idle = False, 0
         self.position: int | None = None
 
     def open(self, model: nn.Module) -> None:
@@ -237,7 +237,9 @@ class AddToLoss:
                 "Add reg(labels) to the loss yourself."
             )
         self.position = names.index("labels")
+        classifier = cast(nn.Module, self.tap.classifier)
         self.tap.handles += [
+            classifier.register_forward_pre_hook(Hook(self, self._before_classifier)),
             model.register_forward_pre_hook(Hook(self, self._before)),
             model.register_forward_hook(
                 Hook(self, self._after), with_kwargs=True, always_call=True
@@ -245,22 +247,33 @@ class AddToLoss:
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inside = True
         if self.tap.listens(module):
             self.tap.clear()
+
+    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.inside and self.tap.listens(module):
+            self._notice_nothing_added(PAST_THE_HOOKS)
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not self.tap.listens(module):
-            return output
+        self.inside = False
+        listens = self.tap.listens(module)
         labels = kwargs.get("labels")
         if labels is None and self.position is not None and len(args) > self.position:
             labels = args[self.position]
+        if not listens:
+            evaluates = self.tap.classifier is not None and not self.tap.classifier.training
+            if evaluates and labels is not None and torch.is_grad_enabled():
+                self._notice_nothing_added(self.tap.missing)
+            return output
         if output is None or labels is None:  # None: the forward has failed.
             self.tap.clear(UNLABELLED)
-            self._notice_missing_labels(output)
+            if output is not None:
+                self._notice_nothing_added(UNLABELLED)
             return output
-        self.unlabelled = -1
+        self.idle = -1
         key = _find_loss(output)
         if key is None:
             self.tap.clear()
@@ -276,17 +289,13 @@ class AddToLoss:
             loss = self.scale() * loss
         return _add_to(output, key, loss)
 
-    def _notice_missing_labels(self, output: Any) -> None:
-        """Warn once if no forward has had labels so far."""
-        if output is None or self.unlabelled < 0 or torch.compiler.is_compiling():
+    def _notice_nothing_added(self, why: str) -> None:
+        """Warn once if there was no forward so far in which something was added."""
+        if torch.compiler.is_compiling() or self.idle < 0:
             return
-        self.unlabelled += 1
-        if self.unlabelled == _UNLABELLED_FORWARDS:
-            warn(
-                f"{_UNLABELLED_FORWARDS} forwards in training mode got no labels, so add_to_loss "
-                "had nothing to add. Pass labels to the model, or attach without add_to_loss and "
-                "add reg(labels) to the loss yourself."
-            )
+        self.idle += 1
+        if self.idle == _IDLE_FORWARDS:
+            warn(f"add_to_loss has had nothing to add in {_IDLE_FORWARDS} forwards: {why}")
 
 
 def _find_loss(output: Any) -> Any:

@@ -49,7 +49,12 @@ ADDED = (
     "out; to log the terms, attach without add_to_loss and add reg.total(terms)."
 )
 UNLABELLED = (
-    "the last forward had no labels, so add_to_loss had nothing to add. Pass labels to the model."
+    "the last forward had no labels. Pass labels to the model, or attach without add_to_loss and "
+    "add reg(labels) to the loss yourself."
+)
+PAST_THE_HOOKS = (
+    "the classifier ran, but not in a call of the model that is attached: somebody calls its "
+    "forward method. Attach to the module that is called."
 )
 _TWO_FORWARDS = (
     "The classifier ran more than once since the last loss, so it is open which features belong "

@@ -613,12 +613,52 @@ def test_add_to_loss_that_never_gets_labels_says_so_once(images, labels):
     reg = attach(model, add_to_loss=True)
     for _ in range(9):
         model(images)
-    with pytest.warns(UserWarning, match=r"10 forwards.*no labels.*Pass labels to the model"):
+    with pytest.warns(UserWarning, match=r"10 forwards.*no labels\. Pass labels to the model"):
         model(images)
     for _ in range(20):
         model(images)
     model(images, labels)
     assert reg.regularizer.step == 1
+
+
+def test_add_to_loss_in_evaluation_mode_on_purpose_says_how(images, labels):
+    model = NetWithLoss().eval()
+    reg = attach(model, add_to_loss=True)
+    with torch.no_grad():  # An evaluation.
+        for _ in range(20):
+            model(images, labels)
+    for _ in range(9):
+        model(images, labels)
+    with pytest.warns(UserWarning, match="nothing to add in 10 forwards.*evaluation mode") as said:
+        model(images, labels)
+    eval(str(said[0].message).rpartition(": ")[2].rstrip("."), {"model": model})
+    model(images, labels).loss.backward()
+    assert reg.regularizer.centroids.grad is not None
+
+
+class Direct(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner.forward(*args, **kwargs)  # As PEFT's tuners do.
+
+
+def test_add_to_loss_that_is_passed_by_says_so_once_and_the_remedy_works(images, labels):
+    inner = NetWithLoss()
+    plain = inner(images, labels).loss
+    reg = attach(inner, add_to_loss=True)
+    model = Direct(inner)
+    for _ in range(9):
+        model(images, labels=labels)
+    with pytest.warns(UserWarning, match="10 forwards.*Attach to the module that is called"):
+        model(images, labels=labels)
+    for _ in range(20):
+        model(images, labels=labels)
+    reg.detach()
+    attach(model, add_to_loss=True)
+    assert model(images, labels=labels).loss > plain
 
 
 def test_add_to_loss_takes_steps_with_labelled_and_unlabelled_forwards(images, labels):
@@ -868,5 +908,5 @@ def test_with_add_to_loss_a_second_loss_is_told_that_the_first_was_added(images,
     with pytest.raises(RuntimeError, match=r"add_to_loss has added them.*Leave reg\(labels\) out"):
         reg(labels)
     model(images)
-    with pytest.raises(RuntimeError, match=r"had no labels, so add_to_loss had nothing to add"):
+    with pytest.raises(RuntimeError, match=r"had no labels\. Pass labels to the model"):
         reg(labels)
