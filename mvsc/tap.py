@@ -4,6 +4,7 @@ The features are taken where they enter the classifier, or the dropout before it
 out once. The ledger says why there are none: no forward, two of them, used up, replaced.
 """
 
+import gc
 import re
 import weakref
 from collections.abc import Callable
@@ -141,6 +142,8 @@ class Tap:
             other = getattr(hook, "client", None)
             if not isinstance(other, Tap) or other.classifier is None:
                 continue
+            if other.owner() is not None:
+                gc.collect()  # A Trainer that is gone, and holds it, is in cycles.
             if other.owner() is None:  # Nobody is left who could use or detach it.
                 other.close()
             else:

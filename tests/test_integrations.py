@@ -531,10 +531,25 @@ def test_a_trainer_of_an_older_transformers_has_its_parts_in_its_arguments(make_
 
     from mvsc.integrations.transformers import _Share
 
-    args = SimpleNamespace(gradient_accumulation_steps=4)
-    old = SimpleNamespace(args=args, model_accepts_loss_kwargs=True)
+    class Old:
+        args = SimpleNamespace(gradient_accumulation_steps=4)
+
+    old = Old()
+    assert _Share(old)() == 1
+    old.model_accepts_loss_kwargs = True
     assert _Share(old)() == 0.25
-    assert _Share(SimpleNamespace(args=args))() == 1
+
+
+def test_a_model_that_outlives_its_trainer_can_have_another(make_trainer):
+    model = tiny_upernet()
+    for groups in (1, 2):
+        trainer = make_trainer(max_steps=1)
+        trainer.model = trainer.model_wrapped = model
+        attach_to_trainer(trainer, groups=groups)
+        trainer.train()
+        del trainer
+    images, labels = batch()
+    model(images, labels=labels).loss.backward()  # In a loop of one's own, whose loss is whole.
 
 
 @pytest.mark.parametrize("saved", ["decode_head", "decode_head.classifier"])

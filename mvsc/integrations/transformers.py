@@ -8,6 +8,7 @@ optimizer and the checkpoints, so the centroids have to come into both::
     trainer.train()
 """
 
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,7 +124,8 @@ class _Share:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+        # The model outlives its Trainer, and must not keep it: another one may follow.
+        self.trainer = weakref.ref(trainer)
         self.counted = False
 
     def open(self, model: nn.Module, reg: AttachedRegularizer) -> None:
@@ -134,7 +136,9 @@ class _Share:
         self.counted = kwargs.get("num_items_in_batch") is not None
 
     def __call__(self) -> float:
-        trainer: Any = self.trainer
+        trainer: Any = self.trainer()
+        if trainer is None:
+            return 1.0
         args = trainer.args
         # What older Trainers do not have, they do not do.
         takes_counts = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
