@@ -450,7 +450,7 @@ def test_a_trainer_that_keeps_the_labels_from_the_model_is_refused(make_trainer)
 def counting(kind):
     """Return a tiny model whose loss is divided by the items of the whole accumulated batch."""
     if kind != "counts":
-        model = {"mean": tiny_segformer, "no kwargs": tiny_segformer}[kind]()
+        model = tiny_segformer()
         if kind == "no kwargs":
             model.accepts_loss_kwargs = False
         return model
@@ -467,7 +467,7 @@ def counting(kind):
     return Counts(tiny_segformer().config)
 
 
-@pytest.mark.parametrize("kind", ["counts", "mean", "no kwargs"])
+@pytest.mark.parametrize("kind", ["counts", "mean", "no kwargs", "own mean", "own sum"])
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
 def test_the_weight_does_not_grow_with_the_parts_of_an_accumulated_batch(tmp_path, kind):
     hf = pytest.importorskip("transformers")
@@ -492,7 +492,19 @@ def test_the_weight_does_not_grow_with_the_parts_of_an_accumulated_batch(tmp_pat
         )
         trainer = hf.Trainer(counting(kind), args, train_dataset=dataset)
         # Eq. (3) alone does not depend on the batch, and with two groups not on the draw.
-        reg = attach_to_trainer(trainer, groups=2, align_weight=0.0, classify_weight=0.0)
+        own = kind.startswith("own")
+        weights = {"align_weight": 0.0, "classify_weight": 0.0}
+        reg = attach_to_trainer(trainer, add_to_loss=not own, groups=2, **weights)
+
+        def compute_loss(model, inputs, *_, trainer=trainer, reg=reg, **__):
+            loss = model(**inputs).loss
+            parts = trainer.current_gradient_accumulation_steps if kind == "own sum" else 1
+            return loss + reg(inputs["labels"]) / parts
+
+        if own:
+            trainer.compute_loss = compute_loss
+        if kind == "own mean":
+            trainer.model_accepts_loss_kwargs = False
         seen = []
         hook = reg.regularizer.centroids.register_post_accumulate_grad_hook(
             lambda p, seen=seen: seen.append(p.grad.clone())

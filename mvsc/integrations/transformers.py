@@ -37,7 +37,11 @@ def attach_to_trainer(
     Args:
         trainer: the Trainer, with its model on its device.
         add_to_loss: whether to add the loss to the model's own. Without, a ``compute_loss`` of
-            your own adds ``reg(labels)``; all else is the same.
+            your own adds ``reg(labels)``. The Trainer of a model that takes ``num_items_in_batch``
+            or ``**kwargs`` adds the parts of a step up as they are: if yours are means, set
+            ``trainer.model_accepts_loss_kwargs = False``, and it averages; if you divide by
+            ``num_items_in_batch``, divide ``reg(labels)`` by
+            ``trainer.current_gradient_accumulation_steps``.
         **options: of :func:`mvsc.attach`.
 
     Returns:
