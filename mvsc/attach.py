@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, MutableMapping
+from functools import partial
+from inspect import Parameter
 from typing import Any, cast
 
 import torch
@@ -214,6 +216,7 @@ class AddToLoss:
     ) -> None:
         self.tap, self.regularizer, self.scale = tap, regularizer, scale
         self.inside, self.idle = False, 0
+        self.named = 0
         self.position: int | None = None
 
     def open(self, model: nn.Module) -> None:
@@ -222,21 +225,26 @@ class AddToLoss:
         Raises:
             ValueError: if it takes no labels; the tap is closed.
         """
-        parameters = inspect.signature(model.forward).parameters
-        kinds = {each.kind for each in parameters.values()}
-        names = list(parameters)
-        if inspect.Parameter.VAR_KEYWORD in kinds and "labels" not in names:
-            # A wrapper hands on what it gets: the model inside knows the names.
-            inner = [[*inspect.signature(m.forward).parameters] for m in model.modules()]
-            names = next((each for each in inner if "labels" in each), names)
-        if "labels" not in names:
+        own = found = inspect.signature(model.forward).parameters
+        kinds = [each.kind for each in own.values()]
+        if "labels" not in own and {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} & {*kinds}:
+            # It hands on what it gets: the method in its place, or the model inside, has the names.
+            bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
+            hidden: list[Callable[..., Any]] = [partial(base.forward, model) for base in bases]
+            hidden += [module.forward for module in model.modules()]
+            inner = (inspect.signature(forward).parameters for forward in hidden)
+            found = next((each for each in inner if "labels" in each), own)
+        if "labels" not in found:
             self.tap.close()
             raise ValueError(
                 "add_to_loss needs a model that takes labels and returns a loss, got "
-                f"{type(model).__name__}, which takes {', '.join(names)}. "
+                f"{type(model).__name__}, which takes {', '.join(own)}. "
                 "Add reg(labels) to the loss yourself."
             )
-        self.position = names.index("labels")
+        # Behind names of its own nobody knows which of the others are handed on where.
+        self.named = sum(kind < Parameter.VAR_POSITIONAL for kind in kinds)
+        if found["labels"].kind < Parameter.VAR_POSITIONAL and (found is own or self.named == 0):
+            self.position = [*found].index("labels")
         classifier = cast(nn.Module, self.tap.classifier)
         self.tap.handles += [
             classifier.register_forward_pre_hook(Hook(self, self._before_classifier)),
@@ -270,6 +278,12 @@ class AddToLoss:
             return output
         if output is None or labels is None:  # None: the forward has failed.
             self.tap.clear(UNLABELLED)
+            if self.position is None and len(args) > self.named and _find_loss(output) is not None:
+                raise RuntimeError(
+                    f"add_to_loss cannot tell which argument of {type(module).__name__} is labels. "
+                    "Pass it by name, labels=..., or attach without add_to_loss and add "
+                    "reg(labels) to the loss yourself."
+                )
             if output is not None:
                 self._notice_nothing_added(UNLABELLED)
             return output

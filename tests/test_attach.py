@@ -696,15 +696,58 @@ class Wrapped(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+class Positional(Wrapped):
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+class Leading(Wrapped):
+    def forward(self, mode, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Loose(NetWithLoss):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def replaced(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return model
+
+
 @pytest.mark.parametrize("by_name", [True, False])
-def test_add_to_loss_looks_through_a_wrapper_that_hands_on_what_it_gets(images, labels, by_name):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Wrapped(NetWithLoss()),
+        lambda: Positional(NetWithLoss()),
+        lambda: replaced(NetWithLoss()),
+        Loose,
+    ],
+    ids=["wrapper", "positional", "replaced", "subclass"],
+)
+def test_add_to_loss_looks_through_what_hands_on_what_it_gets(images, labels, make, by_name):
     losses = []
-    for wrap in (Wrapped, lambda model: model):
+    for build in (make, NetWithLoss):
         torch.manual_seed(1)
-        model = wrap(NetWithLoss())
+        model = build()
         attach(model, add_to_loss=True)
+        by_name = by_name and not isinstance(model, Positional)
         losses.append((model(images, labels=labels) if by_name else model(images, labels)).loss)
     assert_close(*losses, rtol=0, atol=0)
+
+
+def test_add_to_loss_does_not_guess_at_labels_behind_arguments_of_a_wrapper(images, labels):
+    model = Leading(NetWithLoss())
+    reg = attach(model, add_to_loss=True)
+    with pytest.raises(RuntimeError, match=r"argument of Leading is labels\. Pass it by name"):
+        model("train", images, labels)
+    model("train", images)
+    assert reg.regularizer.step == 0
+    model("train", images, labels=labels)
+    assert reg.regularizer.step == 1
 
 
 # The compiler looks at the gradient of every tensor that it meets.
