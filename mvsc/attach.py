@@ -241,9 +241,10 @@ class AddToLoss:
                 f"{type(model).__name__}, which takes {', '.join(own)}. "
                 "Add reg(labels) to the loss yourself."
             )
-        # Behind names of its own nobody knows which of the others are handed on where.
+        # Behind other names than those inside nobody knows what is handed on, and where.
         self.named = sum(kind < Parameter.VAR_POSITIONAL for kind in kinds)
-        if found["labels"].kind < Parameter.VAR_POSITIONAL and (found is own or self.named == 0):
+        same = [*own][: self.named] == [*found][: self.named]
+        if same and found["labels"].kind < Parameter.VAR_POSITIONAL:
             self.position = [*found].index("labels")
         classifier = cast(nn.Module, self.tap.classifier)
         self.tap.handles += [

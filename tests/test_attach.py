@@ -706,6 +706,11 @@ class Leading(Wrapped):
         return self.inner(*args, **kwargs)
 
 
+class SameName(Wrapped):
+    def forward(self, images, *args, **kwargs):
+        return self.inner(images, *args, **kwargs)
+
+
 class Loose(NetWithLoss):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -723,10 +728,11 @@ def replaced(model):
     [
         lambda: Wrapped(NetWithLoss()),
         lambda: Positional(NetWithLoss()),
+        lambda: SameName(NetWithLoss()),
         lambda: replaced(NetWithLoss()),
         Loose,
     ],
-    ids=["wrapper", "positional", "replaced", "subclass"],
+    ids=["wrapper", "positional", "same name", "replaced", "subclass"],
 )
 def test_add_to_loss_looks_through_what_hands_on_what_it_gets(images, labels, make, by_name):
     losses = []
