@@ -4,7 +4,9 @@ The features are taken where they enter the classifier, or the dropout before it
 out once. The ledger says why there are none: no forward, two of them, used up, replaced.
 """
 
+import gc
 import re
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,15 +27,17 @@ NOT_ATTACHED = (
     "Call mvsc.attach on the model that is trained."
 )
 _NO_FORWARD = (
-    "no forward ran since. Call the model first; if it, or another model of its class, was "
-    "compiled and called without a regularizer, its hooks do not run: attach before the first "
-    "call, call torch.compiler.reset(), or set "
+    "no forward ran since, or none that called the classifier. Call the model first; if it takes "
+    "the classifier's weight without calling it, pass features and classifier to MVSCRegularizer; "
+    "if it, or another model of its class, was compiled and called without a regularizer, its "
+    "hooks do not run: attach before the first call, call torch.compiler.reset(), or set "
     "torch._dynamo.config.skip_nnmodule_hook_guards = False."
 )
 _EVALUATION = (
     "the last forward ran in evaluation mode. Call model.train() before it; if the model is in "
     "evaluation mode on purpose, as with frozen batch norm, put the classifier alone into training "
-    "mode: model.get_submodule({path!r}).train()."
+    "mode, with model = model.module inside DistributedDataParallel: "
+    "model.get_submodule({path!r}).train()."
 )
 _WITHOUT_GRADIENTS = (
     "the last forward ran without gradients. Leave torch.no_grad() for it; if it is "
@@ -42,15 +46,22 @@ _WITHOUT_GRADIENTS = (
 _USED_UP = (
     "those of the last forward are used up. Call reg(labels) or reg.terms(labels) once for "
     "each forward, and reg.total(terms) for the weighted sum. For two label maps of one forward, "
-    "as in MixUp, pass features and classifier to MVSCRegularizer, once for each map."
+    "as in MixUp, pass features and classifier to MVSCRegularizer, once for each map; take the "
+    "features from the model's parts, since reg.features is detached."
 )
 ADDED = (
     "add_to_loss has added them to the model's own loss in the last forward. Leave reg(labels) "
     "out; to log the terms, attach without add_to_loss and add reg.total(terms)."
 )
 UNLABELLED = (
-    "the last forward had no labels, so add_to_loss had nothing to add. Pass labels to the model."
+    "the last forward had no labels. Pass labels to the model, or attach without add_to_loss and "
+    "add reg(labels) to the loss yourself."
 )
+PAST_THE_HOOKS = (
+    "the classifier ran, but not in a call of the model that is attached: somebody calls its "
+    "forward method. Attach to the module that is called."
+)
+_FAILED = "the last forward failed. Call the model again."
 _TWO_FORWARDS = (
     "The classifier ran more than once since the last loss, so it is open which features belong "
     "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
@@ -136,6 +147,8 @@ class Tap:
             other = getattr(hook, "client", None)
             if not isinstance(other, Tap) or other.classifier is None:
                 continue
+            if other.owner() is not None:
+                gc.collect()  # A Trainer that is gone, and holds it, is in cycles.
             if other.owner() is None:  # Nobody is left who could use or detach it.
                 other.close()
             else:
@@ -153,6 +166,7 @@ class Tap:
         self.handles += [
             module.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_pre_hook(Hook(self, self._before_model)),
+            model.register_forward_hook(Hook(self, self._after_model), always_call=True),
         ]
         self.classifier = model.get_submodule(path)
         self.model, self.owner, self.path = weakref.ref(model), weakref.ref(owner), path
@@ -250,8 +264,8 @@ class Tap:
             return False
         if getattr(module, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return False  # A backward replays the forward: activation checkpointing.
+        if not torch.compiler.is_compiling() and not _is_plain_eager():
+            return False  # A backward replays the forward, in a checkpoint; or it is traced.
         training = self.classifier.training
         if training and torch.is_grad_enabled():
             return True
@@ -262,7 +276,14 @@ class Tap:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self.seen = None  # Not a map longer than it has to be.
 
-    def _before_dropout(self, module: _DropoutNd, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or output is not None or sys.exc_info()[0] is None:
+            return
+        if self.listens(module):  # The forward has failed: its graph goes before it is tried again.
+            self.clear(_FAILED)
+
+    # Quantization's swap_module takes a layer's hooks over without their wish for kwargs.
+    def _before_dropout(self, module: _DropoutNd, args: Any, kwargs: Any = None) -> None:
         features = _first(args, kwargs)
         # Of several in a row the first one counts.
         if self.listens(module) and self.dropped is not features:
@@ -272,7 +293,7 @@ class Tap:
         if self.listens(module):
             self.dropped = output
 
-    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _before_classifier(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         features = _first(args, kwargs)
         if not self.listens(module):
             if self.classifier is not None and not self.working and _is_plain_eager():
@@ -325,5 +346,5 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
     return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    return next(iter([*args, *(kwargs or {}).values()]), None)

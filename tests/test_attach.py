@@ -1,9 +1,11 @@
 import copy
+import dataclasses
 import gc
 import io
 import pickle
 import weakref
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -347,13 +349,14 @@ def test_who_attaches_again_takes_the_place_of_one_that_nobody_holds(images, lab
     model = NetWithLoss()
 
     def trial():
-        return attach(model, add_to_loss=add_to_loss).regularizer.centroids
+        reg = attach(model, add_to_loss=add_to_loss)
+        reg.holder = [reg]  # As something in cycles would, until they are collected.
+        return reg.regularizer.centroids
 
     first = trial()
     if add_to_loss:  # It works as long as nobody takes its place.
         model(images, labels).loss.backward()
         assert first.grad is not None
-    gc.collect()
     second = trial()
     assert second is not first
     held = attach(model)
@@ -611,12 +614,52 @@ def test_add_to_loss_that_never_gets_labels_says_so_once(images, labels):
     reg = attach(model, add_to_loss=True)
     for _ in range(9):
         model(images)
-    with pytest.warns(UserWarning, match=r"10 forwards.*no labels.*Pass labels to the model"):
+    with pytest.warns(UserWarning, match=r"10 forwards.*no labels\. Pass labels to the model"):
         model(images)
     for _ in range(20):
         model(images)
     model(images, labels)
     assert reg.regularizer.step == 1
+
+
+def test_add_to_loss_in_evaluation_mode_on_purpose_says_how(images, labels):
+    model = NetWithLoss().eval()
+    reg = attach(model, add_to_loss=True)
+    with torch.no_grad():  # An evaluation.
+        for _ in range(20):
+            model(images, labels)
+    for _ in range(9):
+        model(images, labels)
+    with pytest.warns(UserWarning, match="nothing to add in 10 forwards.*evaluation mode") as said:
+        model(images, labels)
+    eval(str(said[0].message).rpartition(": ")[2].rstrip("."), {"model": model})
+    model(images, labels).loss.backward()
+    assert reg.regularizer.centroids.grad is not None
+
+
+class Direct(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner.forward(*args, **kwargs)  # As PEFT's tuners do.
+
+
+def test_add_to_loss_that_is_passed_by_says_so_once_and_the_remedy_works(images, labels):
+    inner = NetWithLoss()
+    plain = inner(images, labels).loss
+    reg = attach(inner, add_to_loss=True)
+    model = Direct(inner)
+    for _ in range(9):
+        model(images, labels=labels)
+    with pytest.warns(UserWarning, match="10 forwards.*Attach to the module that is called"):
+        model(images, labels=labels)
+    for _ in range(20):
+        model(images, labels=labels)
+    reg.detach()
+    attach(model, add_to_loss=True)
+    assert model(images, labels=labels).loss > plain
 
 
 def test_add_to_loss_takes_steps_with_labelled_and_unlabelled_forwards(images, labels):
@@ -653,15 +696,64 @@ class Wrapped(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+class Positional(Wrapped):
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+class Leading(Wrapped):
+    def forward(self, mode, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class SameName(Wrapped):
+    def forward(self, images, *args, **kwargs):
+        return self.inner(images, *args, **kwargs)
+
+
+class Loose(NetWithLoss):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def replaced(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return model
+
+
 @pytest.mark.parametrize("by_name", [True, False])
-def test_add_to_loss_looks_through_a_wrapper_that_hands_on_what_it_gets(images, labels, by_name):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Wrapped(NetWithLoss()),
+        lambda: Positional(NetWithLoss()),
+        lambda: SameName(NetWithLoss()),
+        lambda: replaced(NetWithLoss()),
+        Loose,
+    ],
+    ids=["wrapper", "positional", "same name", "replaced", "subclass"],
+)
+def test_add_to_loss_looks_through_what_hands_on_what_it_gets(images, labels, make, by_name):
     losses = []
-    for wrap in (Wrapped, lambda model: model):
+    for build in (make, NetWithLoss):
         torch.manual_seed(1)
-        model = wrap(NetWithLoss())
+        model = build()
         attach(model, add_to_loss=True)
+        by_name = by_name and not isinstance(model, Positional)
         losses.append((model(images, labels=labels) if by_name else model(images, labels)).loss)
     assert_close(*losses, rtol=0, atol=0)
+
+
+def test_add_to_loss_does_not_guess_at_labels_behind_arguments_of_a_wrapper(images, labels):
+    model = Leading(NetWithLoss())
+    reg = attach(model, add_to_loss=True)
+    with pytest.raises(RuntimeError, match=r"argument of Leading is labels\. Pass it by name"):
+        model("train", images, labels)
+    model("train", images)
+    assert reg.regularizer.step == 0
+    model("train", images, labels=labels)
+    assert reg.regularizer.step == 1
 
 
 # The compiler looks at the gradient of every tensor that it meets.
@@ -692,8 +784,84 @@ def test_add_to_loss_needs_a_loss(images, labels):
 
     model = NoLoss()
     attach(model, add_to_loss=True)
-    with pytest.raises(RuntimeError, match="NoLoss returned no loss"):
+    with pytest.raises(RuntimeError, match="NoLoss returned no loss.*a SimpleNamespace without"):
         model(images, labels=labels)
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor
+    loss: Tensor
+
+
+class Unnamed(NamedTuple):
+    logits: Tensor
+    total: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    loss: Tensor
+    logits: Tensor
+
+    def __iter__(self):
+        return iter((self.loss, self.logits))
+
+
+class Returns(NetWithLoss):
+    """Its output is made of logits and loss by a function."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, images, labels=None):
+        output = super().forward(images, labels)
+        return self.make(output.logits, output.loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda z, loss: (z, loss), lambda out: out[1]),
+        (lambda z, loss: (z, z.mean().detach(), loss), lambda out: out[2]),
+        (lambda z, loss: Named(z, z.mean(), loss), lambda out: out.loss),
+        (Unnamed, lambda out: out.total),
+        (lambda z, loss: [z, loss], lambda out: out[1]),
+        (lambda z, loss: {"logits": z, "loss": loss}, lambda out: out["loss"]),
+        (lambda z, loss: Frozen(loss, z), lambda out: out.loss),
+    ],
+    ids=["tuple", "metric", "named", "unnamed", "list", "dict", "frozen"],
+)
+def test_add_to_loss_finds_the_loss_in_what_a_model_returns(images, labels, make, loss):
+    model = Returns(make)
+    plain = model(images, labels)
+    added = MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
+    attach(model, add_to_loss=True)
+    output = model(images, labels)
+    assert type(output) is type(plain)
+    assert_close(loss(output), loss(plain) + added)
+    parts = [getattr(out, "values", out.__iter__)() for out in (output, plain)]
+    logits = [next(part for part in each if part.ndim == 4) for each in parts]
+    assert_close(*logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda z, loss: (z, loss, z.mean()), "tuple"),
+        (lambda z, loss: (loss.expand(2), z), "tuple"),
+        (lambda z, loss: {"logits": z, "total": loss}, "dict"),
+        (lambda z, loss: SimpleNamespace(loss=loss.item(), logits=z), "SimpleNamespace"),
+    ],
+    ids=["two", "per image", "other name", "number"],
+)
+def test_add_to_loss_refuses_what_may_be_no_loss(images, labels, make, kind):
+    model = Returns(make)
+    reg = attach(model, add_to_loss=True)
+    with pytest.raises(RuntimeError, match=rf"Returns returned no loss.*a {kind} without"):
+        model(images, labels)
+    assert reg.regularizer.step == 0
 
 
 # Options and sizes.
@@ -790,5 +958,5 @@ def test_with_add_to_loss_a_second_loss_is_told_that_the_first_was_added(images,
     with pytest.raises(RuntimeError, match=r"add_to_loss has added them.*Leave reg\(labels\) out"):
         reg(labels)
     model(images)
-    with pytest.raises(RuntimeError, match=r"had no labels, so add_to_loss had nothing to add"):
+    with pytest.raises(RuntimeError, match=r"had no labels\. Pass labels to the model"):
         reg(labels)

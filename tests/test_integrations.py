@@ -450,7 +450,7 @@ def test_a_trainer_that_keeps_the_labels_from_the_model_is_refused(make_trainer)
 def counting(kind):
     """Return a tiny model whose loss is divided by the items of the whole accumulated batch."""
     if kind != "counts":
-        model = {"mean": tiny_segformer, "no kwargs": tiny_segformer}[kind]()
+        model = tiny_segformer()
         if kind == "no kwargs":
             model.accepts_loss_kwargs = False
         return model
@@ -467,7 +467,7 @@ def counting(kind):
     return Counts(tiny_segformer().config)
 
 
-@pytest.mark.parametrize("kind", ["counts", "mean", "no kwargs"])
+@pytest.mark.parametrize("kind", ["counts", "mean", "no kwargs", "own mean", "own sum"])
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
 def test_the_weight_does_not_grow_with_the_parts_of_an_accumulated_batch(tmp_path, kind):
     hf = pytest.importorskip("transformers")
@@ -492,7 +492,19 @@ def test_the_weight_does_not_grow_with_the_parts_of_an_accumulated_batch(tmp_pat
         )
         trainer = hf.Trainer(counting(kind), args, train_dataset=dataset)
         # Eq. (3) alone does not depend on the batch, and with two groups not on the draw.
-        reg = attach_to_trainer(trainer, groups=2, align_weight=0.0, classify_weight=0.0)
+        own = kind.startswith("own")
+        weights = {"align_weight": 0.0, "classify_weight": 0.0}
+        reg = attach_to_trainer(trainer, add_to_loss=not own, groups=2, **weights)
+
+        def compute_loss(model, inputs, *_, trainer=trainer, reg=reg, **__):
+            loss = model(**inputs).loss
+            parts = trainer.current_gradient_accumulation_steps if kind == "own sum" else 1
+            return loss + reg(inputs["labels"]) / parts
+
+        if own:
+            trainer.compute_loss = compute_loss
+        if kind == "own mean":
+            trainer.model_accepts_loss_kwargs = False
         seen = []
         hook = reg.regularizer.centroids.register_post_accumulate_grad_hook(
             lambda p, seen=seen: seen.append(p.grad.clone())
@@ -531,10 +543,25 @@ def test_a_trainer_of_an_older_transformers_has_its_parts_in_its_arguments(make_
 
     from mvsc.integrations.transformers import _Share
 
-    args = SimpleNamespace(gradient_accumulation_steps=4)
-    old = SimpleNamespace(args=args, model_accepts_loss_kwargs=True)
+    class Old:
+        args = SimpleNamespace(gradient_accumulation_steps=4)
+
+    old = Old()
+    assert _Share(old)() == 1
+    old.model_accepts_loss_kwargs = True
     assert _Share(old)() == 0.25
-    assert _Share(SimpleNamespace(args=args))() == 1
+
+
+def test_a_model_that_outlives_its_trainer_can_have_another(make_trainer):
+    model = tiny_upernet()
+    for groups in (1, 2):
+        trainer = make_trainer(max_steps=1)
+        trainer.model = trainer.model_wrapped = model
+        attach_to_trainer(trainer, groups=groups)
+        trainer.train()
+        del trainer
+    images, labels = batch()
+    model(images, labels=labels).loss.backward()  # In a loop of one's own, whose loss is whole.
 
 
 @pytest.mark.parametrize("saved", ["decode_head", "decode_head.classifier"])

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.ao import quantization
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
@@ -407,12 +409,13 @@ def test_the_doubt_costs_the_memory_of_one_image_only(images):
 def test_the_check_of_the_first_forward_leaves_no_hook_and_no_copy_of_the_answer(images):
     model = After(lambda z: z)
     reg = attach(model)
-    hooks = len(model.classifier._forward_hooks) + len(model._forward_hooks)
+    hooks = len(model.classifier._forward_hooks), len(model._forward_hooks)
     answer = []
     model.classifier.register_forward_hook(lambda m, args, out: answer.append(weakref.ref(out)))
     logits = model(images)
-    assert hooks == 2
-    assert len(model.classifier._forward_hooks) + len(model._forward_hooks) == 1
+    assert hooks == (1, 2)
+    assert len(model.classifier._forward_hooks) == 1  # that of this test
+    assert len(model._forward_hooks) == 1  # that of the tap
     del logits
     reg.discard()
     gc.collect()
@@ -422,19 +425,30 @@ def test_the_check_of_the_first_forward_leaves_no_hook_and_no_copy_of_the_answer
 # Ways out that the errors name.
 
 
-def test_frozen_batch_norm_trains_as_the_error_says(images, labels):
-    model = Net()
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.usefixtures("alone")
+def test_frozen_batch_norm_trains_as_the_error_says(images, labels, wrapped):
+    net = Net()
+    model = nn.parallel.DistributedDataParallel(net) if wrapped else net
     reg = attach(model)
-    statistics = model.encoder[1].running_mean.clone()
+    statistics = net.encoder[1].running_mean.clone()
     model.eval()(images)
     with pytest.raises(RuntimeError, match="in evaluation mode on purpose") as error:
         reg(labels)
-    remedy = str(error.value).rpartition(": ")[2].rstrip(".")
-    eval(remedy, {"model": model})
+    first, _, remedy = str(error.value).rpartition(" inside DistributedDataParallel: ")
+    assert first.endswith("with model = model.module")
+    eval(remedy.rstrip("."), {"model": model.module if wrapped else model})
     model(images)
     reg(labels).backward()
-    assert torch.equal(model.encoder[1].running_mean, statistics)
-    assert model.encoder[0].weight.grad is not None
+    assert torch.equal(net.encoder[1].running_mean, statistics)
+    assert net.encoder[0].weight.grad is not None
 
 
 def test_mixup_names_the_explicit_form_and_it_works(images, labels):
@@ -442,7 +456,7 @@ def test_mixup_names_the_explicit_form_and_it_works(images, labels):
     reg = attach(model)
     model(0.7 * images + 0.3 * images.flip(0))
     reg(labels)
-    with pytest.raises(RuntimeError, match="MixUp, pass features and classifier to MVSCReg"):
+    with pytest.raises(RuntimeError, match="MixUp, pass .*parts, since reg.features is detached"):
         reg(labels.flip(0))
     explicit = MVSCRegularizer(CLASSES, DIM)
     features = model.encoder(images)
@@ -450,7 +464,74 @@ def test_mixup_names_the_explicit_form_and_it_works(images, labels):
     (0.7 * pair[0] + 0.3 * pair[1]).backward()
 
 
+def test_a_classifier_of_which_only_the_weight_is_used_is_named(images, labels):
+    class Tied(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.conv2d(self.encoder(images), self.classifier.weight)
+
+    model = Tied()
+    reg = attach(model)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"weight without calling it, pass features and class"):
+        reg(labels)
+
+
 # What no forward may fail of.
+
+
+def test_a_forward_that_failed_leaves_nothing_and_is_tried_again(images, labels):
+    model = Net()
+    reg = attach(model)
+    entered = []
+    model.classifier.register_forward_pre_hook(lambda m, args: entered.append(weakref.ref(args[0])))
+    handle = model.classifier.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(images)
+    gc.collect()
+    assert entered[0]() is None
+    with pytest.raises(RuntimeError, match=r"the last forward failed\. Call the model again"):
+        reg(labels)
+    handle.remove()
+    model(images[:1])
+    assert reg(labels[:1]).isfinite()
+
+
+def test_a_model_that_returns_nothing_has_not_failed(images, labels):
+    model = After(lambda z: None)
+    reg = attach(model)
+    model(images)
+    assert reg(labels).isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+def test_a_trace_in_training_mode_is_that_of_the_model_alone_and_no_forward(images, labels):
+    nodes = []
+    for model in (Net(), Net()):
+        model.encoder[1] = nn.Identity()
+        if nodes:
+            reg = attach(model)
+        traced = torch.jit.trace(model, images)
+        nodes.append(len([*traced.inlined_graph.nodes()]))
+    assert nodes[0] == nodes[1]
+    model(images)
+    assert reg(labels).isfinite()
+
+
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.5)])
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_may_replace_the_classifier_of_an_attached_model(images, labels, dropout):
+    model = Net(dropout)
+    reg = attach(model)
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(model.train(), inplace=True)
+    model(images)
+    with pytest.raises(RuntimeError, match=r"was replaced.*Call detach\(\) and attach again"):
+        reg(labels)
+    reg.detach()
+    model(images)
+    reg = attach(model)
+    model(images)
+    reg(labels).backward()
 
 
 @pytest.mark.parametrize(

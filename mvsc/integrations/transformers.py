@@ -8,6 +8,7 @@ optimizer and the checkpoints, so the centroids have to come into both::
     trainer.train()
 """
 
+import weakref
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,11 @@ def attach_to_trainer(
     Args:
         trainer: the Trainer, with its model on its device.
         add_to_loss: whether to add the loss to the model's own. Without, a ``compute_loss`` of
-            your own adds ``reg(labels)``; all else is the same.
+            your own adds ``reg(labels)``. The Trainer of a model that takes ``num_items_in_batch``
+            or ``**kwargs`` adds the parts of a step up as they are: if yours are means, set
+            ``trainer.model_accepts_loss_kwargs = False``, and it averages; if you divide by
+            ``num_items_in_batch``, divide ``reg(labels)`` by
+            ``trainer.current_gradient_accumulation_steps``.
         **options: of :func:`mvsc.attach`.
 
     Returns:
@@ -123,7 +128,8 @@ class _Share:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+        # The model outlives its Trainer, and must not keep it: another one may follow.
+        self.trainer = weakref.ref(trainer)
         self.counted = False
 
     def open(self, model: nn.Module, reg: AttachedRegularizer) -> None:
@@ -134,7 +140,9 @@ class _Share:
         self.counted = kwargs.get("num_items_in_batch") is not None
 
     def __call__(self) -> float:
-        trainer: Any = self.trainer
+        trainer: Any = self.trainer()
+        if trainer is None:
+            return 1.0
         args = trainer.args
         # What older Trainers do not have, they do not do.
         takes_counts = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
