@@ -5,6 +5,7 @@ whose weight is computed or spread over processes, or any callable. It is asked 
 the model notices: neither its hooks nor its buffers see the centroids.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard, get_args
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from mvsc import checks, distributed
 
@@ -32,6 +34,9 @@ TRANSPOSED = (
 )
 
 _MIXING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+
+# Of two threads that share a classifier the one would keep what the other had taken off.
+_LOCK = threading.RLock()
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -275,29 +280,30 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
     if torch.compiler.is_compiling() or scripted or any(map(is_sharded, modules)):
         yield
         return
-    kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
-    for module in modules:
-        computed = isinstance(module, _PIXEL_LINEAR) and not _stores_weights(module)
-        for name in _HOOKS:
-            hooks = vars(module)[name]
-            kept_hooks = _computing(hooks) if computed and name == _HOOKS[0] else {}
-            vars(module)[name] = type(hooks)(kept_hooks)
-        for name, buffer in module._buffers.items():
-            # Exchanged, not written back: autograd may have saved the one or the other.
-            module._buffers[name] = None if buffer is None else buffer.clone()
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in kept:
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+    with _LOCK:
+        kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
+        for module in modules:
+            for name in _HOOKS:
+                hooks = vars(module)[name]
+                vars(module)[name] = type(hooks)(_computing(module) if name == _HOOKS[0] else {})
+            for name, buffer in module._buffers.items():
+                # Exchanged, not written back: autograd may have saved the one or the other.
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        try:
+            yield
+        finally:
+            for module, attributes, buffers in kept:
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
-def _computing(hooks: dict[int, Any]) -> dict[int, Any]:
+def _computing(module: nn.Module) -> dict[int, Any]:
     """Return the hooks that compute a weight before each forward: torch's, or else maybe any."""
+    hooks: dict[int, Any] = module._forward_pre_hooks
     known = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils.")}
-    return known or hooks
+    stored = not isinstance(module, _PIXEL_LINEAR) or _stores_weights(module)
+    return known if known or stored or parametrize.is_parametrized(module) else hooks
 
 
 def _traces(module: nn.Module) -> dict[str, Any]:

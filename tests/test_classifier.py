@@ -1,6 +1,7 @@
 """Asking somebody else's classifier: the right answer, with its gradient, and no trace left."""
 
 import copy
+import threading
 from functools import partial
 
 import pytest
@@ -18,9 +19,9 @@ from mvsc.classifier import classify_vectors, is_sharded, reads_rows
 CLASSES, DIM = 4, 8
 
 
-def conv() -> nn.Conv2d:
+def conv(kind: type[nn.Module] = nn.Conv2d) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Conv2d(DIM, CLASSES, 1)
+    return kind(DIM, CLASSES, 1)
 
 
 def pruned(*names: str) -> nn.Module:
@@ -53,6 +54,7 @@ COMPUTED = {
     "pruned bias": lambda: pruned("bias"),
     "pruned both": lambda: pruned("weight", "bias"),
     "pruned twice": lambda: pruned("weight", "weight"),
+    "transposed": lambda: nn.utils.weight_norm(conv(nn.ConvTranspose2d)),
     "adapter": Adapter,
     "orthogonal": lambda: parametrizations.orthogonal(conv()),
     "inside": lambda: nn.Sequential(nn.utils.spectral_norm(conv())),
@@ -150,18 +152,25 @@ class Own(nn.Conv2d):
 
 @pytest.mark.parametrize(
     "make",
-    [conv, lambda: Own(DIM, CLASSES, 1), lambda: nn.Sequential(conv()), lambda: pruned("weight")],
-    ids=["plain", "subclass", "inside", "pruned"],
+    [
+        conv,
+        lambda: Own(DIM, CLASSES, 1),
+        lambda: nn.Sequential(conv()),
+        lambda: pruned("weight"),
+        lambda: parametrizations.weight_norm(conv()),
+    ],
+    ids=["plain", "subclass", "inside", "pruned", "parametrized"],
 )
 def test_hooks_of_any_kind_do_not_see_the_centroids(make):
     layer, calls = make(), []
-    for module in layer.modules():
+    hooked = [each for each in layer.modules() if isinstance(each, (nn.Conv2d, nn.Sequential))]
+    for module in hooked:
         hooks_on(module, calls)
     vectors = torch.randn(5, DIM, requires_grad=True)
     classify_vectors(layer, vectors, CLASSES).sum().backward()
     assert calls == []
     layer(torch.randn(1, DIM, 2, 2, requires_grad=True)).sum().backward()
-    assert len(calls) == 6 * len([*layer.modules()])
+    assert len(calls) == 6 * len(hooked)
 
 
 def test_the_hooks_are_back_after_a_classifier_that_failed():
@@ -184,6 +193,30 @@ def test_a_hook_that_changes_the_weight_of_its_own_accord_is_still_called():
     layer.register_forward_pre_hook(lambda m, _: setattr(m, "weight", m.root.square()))
     answer = classify_vectors(layer, torch.ones(1, DIM), CLASSES)
     assert_close(answer[0], layer.root.square().flatten(1).sum(1) + layer.bias)
+
+
+def test_a_hook_on_a_classifier_of_two_threads_stays():
+    inside, both = threading.Event(), threading.Event()
+
+    class Waiting(nn.Conv2d):
+        def forward(self, features: Tensor) -> Tensor:
+            if threading.current_thread() is first:
+                inside.set()
+                both.wait(0.2)
+            else:  # What this one found when it came is what it leaves behind.
+                both.set()
+                first.join()
+            return super().forward(features)
+
+    layer = Waiting(DIM, CLASSES, 1)
+    layer.register_forward_hook(lambda *_: None)
+    ask = partial(classify_vectors, layer, torch.ones(1, DIM), CLASSES)
+    first, second = threading.Thread(target=ask), threading.Thread(target=ask)
+    first.start()
+    inside.wait()
+    second.start()
+    second.join()
+    assert len(layer._forward_hooks) == 1
 
 
 def test_the_statistics_of_a_batch_norm_do_not_see_the_centroids():
