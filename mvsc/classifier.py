@@ -33,7 +33,7 @@ TRANSPOSED = (
     "examples/integrations/monai_transposed_head.py."
 )
 
-_MIXING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+_MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 # Of two threads that share a classifier the one would keep what the other had taken off.
 _LOCK = threading.RLock()
@@ -147,7 +147,7 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
 
 
 def what_mixes(classifier: object) -> str:
-    """Say what a dropout or a batch norm inside the classifier does to the centroids, or ''."""
+    """Say what a batch or instance norm in the classifier does to the centroids, or ''."""
     modules = classifier.named_modules() if isinstance(classifier, nn.Module) else ()
     found = [
         f"{name or type(module).__name__} ({type(module).__name__})"
@@ -157,9 +157,8 @@ def what_mixes(classifier: object) -> str:
     if not found:
         return ""
     return (
-        f"classifier contains {', '.join(found)}: a dropout would drop parts of the centroids, and "
-        "a batch norm would normalise them by their own statistics. Pass the last linear layer "
-        "alone."
+        f"classifier contains {', '.join(found)}, which would normalise the centroids by their own "
+        "statistics. Pass the last linear layer alone."
     )
 
 
@@ -211,7 +210,7 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
     if not reads_rows(classifier):
         inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *_reach(classifier, axes))
     with _leaving_no_trace(classifier):
-        logits: Any = classifier(inputs)
+        logits: Any = _without_dropout(classifier, inputs)
     if isinstance(logits, Tensor) and logits.ndim == inputs.ndim > 2 and inputs[0, 0].numel() > 1:
         # The centre of the region, where no padding is seen.
         for axis in range(2, logits.ndim):
@@ -219,6 +218,19 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
     _check_logits(logits, len(vectors), num_classes, axes)
     answer: Tensor = logits
     return answer
+
+
+def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:
+    """Call a classifier with its dropouts off (R13)."""
+    modules = classifier.modules() if isinstance(classifier, nn.Module) else ()
+    dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        return classifier(inputs)
+    finally:
+        for dropout in dropouts:
+            dropout.training = True
 
 
 def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:

@@ -168,6 +168,7 @@ BUGS = [
     ("classifier", "    return known if known or", "    return hooks if known or", "hooks of users on a pruned classifier see the centroids"),
     ("classifier", "stored or parametrize.is_parametrized(module)", "stored", "hooks of users on a parametrized classifier see the centroids"),
     ("classifier", "    with _LOCK:\n", "    if True:\n", "a hook on a classifier of two threads is lost"),
+    ("classifier", "        dropout.training = False\n", "        pass\n", "a dropout drops parts of the centroids"),
     ("classifier", '    own = getattr(module, "_parameters", {}).values()', '    own = [getattr(module, "weight", None)]', "to ask for a weight is a power iteration"),
     ("classifier", "torch.cat([torch.zeros_like(logits), logits], dim=1)", "torch.cat([logits, torch.zeros_like(logits)], dim=1)", "a single logit is that of the first class"),
     ("labels", "return 255 if num_classes <= 255 else -100", "return 255", "class 255 is ignored by default"),

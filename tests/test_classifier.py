@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -34,14 +35,16 @@ def pruned(*names: str) -> nn.Module:
 class Adapter(nn.Module):
     """LoRA, as PEFT writes it: a layer, and beside it a product of two narrow ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.base_layer = conv().requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout)})
         self.lora_A = nn.ModuleDict({"default": nn.Conv2d(DIM, 2, 1, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Conv2d(2, CLASSES, 1, bias=False)})
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.base_layer(features) + self.lora_B["default"](self.lora_A["default"](features))
+        narrow = self.lora_A["default"](self.lora_dropout["default"](features))
+        return self.base_layer(features) + self.lora_B["default"](narrow)
 
 
 COMPUTED = {
@@ -217,6 +220,24 @@ def test_a_hook_on_a_classifier_of_two_threads_stays():
     second.start()
     second.join()
     assert len(layer._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dropout_inside_drops_nothing_of_the_centroids(compiled):
+    head, vectors = Adapter(dropout=0.5), torch.randn(5, DIM)
+    ask = torch.compile(classify_vectors, fullgraph=True, backend="eager", disable=not compiled)
+    answer = ask(head, vectors, CLASSES)
+    assert all(module.training for module in head.modules())
+    assert_close(answer, head.eval()(vectors[..., None, None]).flatten(1))
+
+
+def test_an_attached_adapter_with_dropout_is_quiet():
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), Adapter(dropout=0.5))
+    reg = attach(model)
+    model(torch.randn(2, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reg(torch.zeros(2, 8, 8).long()).isfinite()
 
 
 def test_the_statistics_of_a_batch_norm_do_not_see_the_centroids():
