@@ -8,7 +8,7 @@ the model notices: neither its hooks nor its buffers see the centroids.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard, get_args
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
@@ -207,17 +207,13 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
     parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
     inputs = vectors.to(dtype)
-    if not reads_rows(classifier):
-        inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *_reach(classifier, axes))
+    regions = [] if reads_rows(classifier) else _regions(classifier, axes)
+    if regions:
+        sizes = [region.size for region in regions]
+        inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *sizes)
     with _leaving_no_trace(classifier):
-        logits: Any = _without_dropout(classifier, inputs)
-    if isinstance(logits, Tensor) and logits.ndim == inputs.ndim > 2 and inputs[0, 0].numel() > 1:
-        # The centre of the region, where no padding is seen.
-        for axis in range(2, logits.ndim):
-            logits = logits.narrow(axis, (logits.shape[axis] - 1) // 2, 1)
-    _check_logits(logits, len(vectors), num_classes, axes)
-    answer: Tensor = logits
-    return answer
+        logits = _without_dropout(classifier, inputs)
+    return _centre(logits, len(vectors), num_classes, regions)
 
 
 def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:
@@ -268,14 +264,30 @@ def _whole(parameter: Any) -> Any:
     return distributed.gather(parameter) if hasattr(parameter, "full_tensor") else parameter
 
 
-def _reach(classifier: Classifier, axes: int) -> list[int]:
-    """Return how many places a classifier looks at around a pixel, in each axis."""
-    reach = [1] * axes
+class _Region(NamedTuple):
+    """In one axis, of how many places a classifier is asked, and of how many it may answer."""
+
+    size: int
+    least: int
+    most: int
+
+
+def _regions(classifier: Classifier, axes: int) -> list[_Region]:
+    """Return the uniform region, axis by axis, in whose centre a classifier sees no padding.
+
+    However the padding is divided between both sides, and whatever the strides. What pools or
+    upsamples in between answers of too few places or too many.
+    """
+    seen = [(1, 1)] * axes  # How many places a pixel's answer looks at, and how far it is apart.
     for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
         if isinstance(layer, _ConvNd):
-            sizes = zip(layer.kernel_size, layer.dilation, strict=True)
-            reach = [n + dilation * (k - 1) for n, (k, dilation) in zip(reach, sizes, strict=True)]
-    return reach
+            each = zip(seen, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+            seen = [(n + s * dilation * (k - 1), s * step) for (n, s), k, dilation, step in each]
+    sizes = [2 * (n + s) - 3 for n, s in seen]
+    return [
+        _Region(size, (size - n) // s + 1, (size - 1) // s + 1)
+        for size, (n, s) in zip(sizes, seen, strict=True)
+    ]
 
 
 @contextmanager
@@ -341,21 +353,28 @@ def _spreads(layer: _ConvNd) -> bool:
     return any(n != 1 for n in (*layer.kernel_size, *layer.stride))
 
 
-def _check_logits(logits: object, count: int, num_classes: int, axes: int) -> None:
-    """Raise unless a classifier's answer to ``count`` vectors has one logit for each class."""
+def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]) -> Tensor:
+    """Return the answer in the centre of a region; raise unless it is a logit for each class."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"classifier must return a tensor of logits, got {checks.describe(logits)}."
         )
-    shape, ones = tuple(logits.shape), (1,) * axes
-    classes = shape[1] if len(shape) in (2, 2 + axes) and shape[0] == count else num_classes
-    if classes != num_classes and not _is_one_logit(classes, num_classes):
-        raise ValueError(_wrong_classes(num_classes, classes))
-    if shape not in ((count, classes), (count, classes, *ones)):
+    shape = tuple(logits.shape)
+    places = shape[2:] or (1,) * len(regions)
+    fits = len(shape) > 1 and shape[0] == count and len(places) == len(regions)
+    if not fits or any(not r.least <= n <= r.most for n, r in zip(places, regions, strict=True)):
+        asked = "".join(f", {r.size}" for r in regions)
+        spans = "".join(f", {r.least} to {r.most}" if r.size > 1 else ", 1" for r in regions)
         raise ValueError(
-            f"classifier must map ({count}, dim{', 1' * axes}) to {(count, num_classes, *ones)}, "
-            f"got {shape}. Pass the model's last linear layer alone, without upsampling."
+            f"classifier must map ({count}, dim{asked}) to ({count}, {num_classes}{spans}), got "
+            f"{shape}. Pass the model's last linear layer alone, without upsampling."
         )
+    if shape[1] != num_classes and not _is_one_logit(shape[1], num_classes):
+        raise ValueError(_wrong_classes(num_classes, shape[1]))
+    for axis, region in enumerate(regions, start=2):
+        if region.size > 1:
+            logits = logits.narrow(axis, (shape[axis] - 1) // 2, 1)
+    return logits
 
 
 def _is_one_logit(classes: int, num_classes: int) -> bool:

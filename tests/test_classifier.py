@@ -293,6 +293,44 @@ def test_a_wide_kernel_answers_as_inside_a_uniform_region_in_any_number_of_axes(
     assert_close(classify_vectors(asked, vectors, CLASSES, axes), expected)
 
 
+STRIDED = {
+    "one": lambda: nn.Sequential(nn.Conv2d(DIM, CLASSES, 3, 2, 1)),
+    "computed": lambda: parametrizations.weight_norm(nn.Conv2d(DIM, CLASSES, 3, 2, 1)),
+    "first": lambda: nn.Sequential(nn.Conv2d(DIM, 6, 3, 3, 1), nn.Conv2d(6, CLASSES, 5, 1, 2)),
+    "both": lambda: nn.Sequential(nn.Conv2d(DIM, 6, 4, 2, 1), nn.Conv2d(6, CLASSES, 3, 2, 1)),
+    "no padding": lambda: nn.Sequential(nn.Conv2d(DIM, CLASSES, 3, 2)),
+    "narrow": lambda: nn.Sequential(nn.Conv2d(DIM, CLASSES, 1, 2)),
+    "one side": lambda: nn.Sequential(nn.ZeroPad2d((2, 0, 0, 2)), nn.Conv2d(DIM, CLASSES, 3, 2)),
+    "causal": lambda: nn.Sequential(nn.ZeroPad2d((4, 0, 4, 0)), nn.Conv2d(DIM, CLASSES, 5)),
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=[*STRIDED])
+def test_strides_and_padding_on_one_side_change_no_answer(make):
+    head, vectors = make(), torch.randn(5, DIM)
+    inside = head(vectors[:, :, None, None].expand(-1, -1, 41, 41))
+    places = [size // 2 for size in inside.shape[2:]]
+    assert_close(classify_vectors(head, vectors, CLASSES), inside[:, :, places[0], places[1]])
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.Upsample(scale_factor=2),
+        nn.UpsamplingBilinear2d(scale_factor=8),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ],
+)
+def test_what_gives_a_wide_kernels_places_others_is_refused(padding, last):
+    wide = nn.Conv2d(DIM, CLASSES, 3, padding=padding)
+    with pytest.raises(ValueError, match=r"to \(5, 4, 3 to 5, 3 to 5\), got .*linear layer alone"):
+        classify_vectors(nn.Sequential(wide, last), torch.randn(5, DIM), CLASSES)
+    assert classify_vectors(wide, torch.randn(5, DIM), CLASSES).shape == (5, CLASSES)
+
+
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_a_transposed_convolution_of_one_place_is_a_1x1_convolution(kind):
     axes = int(kind.__name__[-2])
