@@ -137,13 +137,6 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
         )
     if classes != num_classes and not _is_one_logit(classes, num_classes):
         raise ValueError(_wrong_classes(num_classes, classes))
-    groups = getattr(base_of(classifier), "groups", 1)
-    if groups != 1:
-        raise ValueError(
-            f"classifier must read all features at once, got a {type(classifier).__name__} with "
-            f"groups={groups}. Pass a callable that maps (N, {dim}{', 1' * axes}) "
-            "to logits."
-        )
 
 
 def what_mixes(classifier: object) -> str:
@@ -240,7 +233,8 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
     own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
-    plain = type(classifier).forward in forwards and not own and _stores_weights(classifier)
+    matrix = _stores_weights(classifier) and getattr(classifier, "groups", 1) == 1
+    plain = type(classifier).forward in forwards and not own and matrix
     return plain and not _gathers_by_itself(classifier)
 
 

@@ -331,6 +331,18 @@ def test_what_gives_a_wide_kernels_places_others_is_refused(padding, last):
     assert classify_vectors(wide, torch.randn(5, DIM), CLASSES).shape == (5, CLASSES)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_grouped_convolution_answers_as_it_does_in_the_model(kernel):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), nn.Conv2d(DIM, CLASSES, kernel, groups=2))
+    vectors = torch.randn(5, DIM)
+    expected = model[1](vectors[..., None, None].expand(-1, -1, kernel, kernel)).flatten(1)
+    assert_close(classify_vectors(model[1], vectors, CLASSES), expected)
+    reg = attach(model, classifier="1")
+    size = model(torch.randn(2, 3, 8, 8)).shape[2:]
+    reg(torch.zeros(2, *size).long()).backward()
+    assert model[1].weight.grad.any()
+
+
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_a_transposed_convolution_of_one_place_is_a_1x1_convolution(kind):
     axes = int(kind.__name__[-2])
