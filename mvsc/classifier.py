@@ -121,12 +121,9 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
                 f"{type(layer).__name__}. Pass the map as the classifier reads it: "
                 f"{_as_read(axes, len(layer.kernel_size))}."
             )
-    last = classifier[-1] if isinstance(classifier, nn.Sequential) and len(classifier) else None
+    last = _last_of(classifier)
     if isinstance(last, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
-        raise ValueError(
-            f"classifier must return logits, got one that ends in {type(last).__name__}. "
-            "Pass it without that: classifier[:-1]."
-        )
+        raise ValueError(_ends_in(type(last).__name__))
     if not is_pixel_linear(classifier):
         return
     width, classes = widths(classifier)
@@ -353,6 +350,10 @@ def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]
         raise TypeError(
             f"classifier must return a tensor of logits, got {checks.describe(logits)}."
         )
+    # Also where no module says so; the compiler cannot ask.
+    end = "" if torch.compiler.is_compiling() else type(logits.grad_fn).__name__
+    if end.startswith(("Softmax", "Sigmoid")):
+        raise ValueError(_ends_in(end.partition("Backward")[0]))
     shape = tuple(logits.shape)
     places = shape[2:] or (1,) * len(regions)
     fits = len(shape) > 1 and shape[0] == count and len(places) == len(regions)
@@ -369,6 +370,21 @@ def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]
         if region.size > 1:
             logits = logits.narrow(axis, (shape[axis] - 1) // 2, 1)
     return logits
+
+
+def _last_of(module: nn.Module) -> nn.Module:
+    """Return the layer that a chain of modules ends with; any other module itself."""
+    parts = [part for part in module.children() if not isinstance(part, nn.Identity)]
+    # What is inside a layer, as a parametrization, has its weight for an input.
+    chained = isinstance(module, nn.Sequential) or (len(parts) == 1 and not is_pixel_linear(module))
+    return _last_of(parts[-1]) if parts and chained else module
+
+
+def _ends_in(name: str) -> str:
+    return (
+        f"classifier must return logits, got one that ends in {name}. Pass the layers before that "
+        "alone, as nn.Sequential(...)."
+    )
 
 
 def _is_one_logit(classes: int, num_classes: int) -> bool:

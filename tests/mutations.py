@@ -172,6 +172,7 @@ BUGS = [
     ("classifier", "sizes = [2 * (n + s) - 3 for", "sizes = [n for", "a stride in a Sequential sees a border of zeros"),
     ("classifier", "(size - 1) // s + 1)\n", "99 * size)\n", "an upsampled answer is taken from between two places"),
     ("classifier", "(size - n) // s + 1, ", "1, ", "a pooled answer has seen a border of zeros"),
+    ("classifier", 'if end.startswith(("Softmax", "Sigmoid")):', "if False:", "probabilities of a head of one's own are taken for logits"),
     ("classifier", ' and getattr(classifier, "groups", 1) == 1', "", "weights of a grouped convolution used raw"),
     ("classifier", '    own = getattr(module, "_parameters", {}).values()', '    own = [getattr(module, "weight", None)]', "to ask for a weight is a power iteration"),
     ("classifier", "torch.cat([torch.zeros_like(logits), logits], dim=1)", "torch.cat([logits, torch.zeros_like(logits)], dim=1)", "a single logit is that of the first class"),

@@ -10,7 +10,7 @@ import torch
 import torch.ao.quantization as quantization
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
@@ -60,6 +60,7 @@ COMPUTED = {
     "transposed": lambda: nn.utils.weight_norm(conv(nn.ConvTranspose2d)),
     "adapter": Adapter,
     "orthogonal": lambda: parametrizations.orthogonal(conv()),
+    "sigmoid": lambda: parametrize.register_parametrization(conv(), "weight", nn.Sigmoid()),
     "inside": lambda: nn.Sequential(nn.utils.spectral_norm(conv())),
 }
 
@@ -363,14 +364,66 @@ def test_other_transposed_convolutions_are_refused_with_the_way_out(settings):
             )
 
 
-@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Softmax2d(), nn.Sigmoid()])
-def test_a_classifier_that_ends_in_probabilities_is_refused(last):
-    reg = MVSCRegularizer(CLASSES, DIM)
+class Activation(nn.Module):
+    """As that of segmentation_models_pytorch."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.activation(logits)
+
+
+class Head(nn.Module):
+    """One whose own code says what comes last."""
+
+    def __init__(self, last) -> None:
+        super().__init__()
+        self.conv, self.gate, self.last = conv(), nn.Sigmoid(), last
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(self.conv(features * self.gate(features)))
+
+
+PROBABILITIES = {
+    "Softmax": lambda: nn.Sequential(conv(), nn.Softmax(1)),
+    "Softmax2d": lambda: nn.Sequential(conv(), nn.Identity(), Activation(nn.Softmax2d())),
+    "Sigmoid": lambda: nn.Sequential(nn.Sequential(conv(), nn.Sigmoid()), nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_classifier_that_ends_in_probabilities_is_refused(name, own):
+    reg, last = MVSCRegularizer(CLASSES, DIM), getattr(torch, name.lower().removesuffix("2d"))
     inputs = torch.randn(2, DIM, 4, 4), torch.zeros(2, 4, 4).long()
-    classifier = nn.Sequential(conv(), last)
-    with pytest.raises(ValueError, match=rf"ends in {type(last).__name__}\..*classifier\[:-1\]"):
+    ends = partial(last, dim=1) if name.startswith("Softmax") else last
+    classifier = Head(ends) if own else PROBABILITIES[name]()
+    named = name.removesuffix("2d") if own else name
+    with pytest.raises(ValueError, match=rf"ends in {named}\..*layers before that alone"):
         reg(*inputs, classifier)
-    assert_close(reg.eval()(*inputs, classifier[:-1]), reg(*inputs, conv()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(conv()),
+        lambda: nn.Sequential(conv(), Activation(nn.Identity())),
+        lambda: nn.Sequential(nn.Identity(), conv(), nn.LogSoftmax(1)),
+        lambda: nn.Sequential(nn.Sequential(nn.Sequential(), conv())),
+    ],
+)
+def test_a_classifier_that_ends_in_logits_has_the_loss_of_its_layer(make):
+    reg = MVSCRegularizer(CLASSES, DIM).eval()
+    inputs = torch.randn(2, DIM, 4, 4), torch.zeros(2, 4, 4).long()
+    assert_close(reg(*inputs, make()), reg(*inputs, conv()))
+
+
+def test_a_sigmoid_inside_a_classifier_stays():
+    head, vectors = Head(nn.Identity()), torch.randn(5, DIM, requires_grad=True)
+    expected = head.conv((vectors * vectors.sigmoid())[..., None, None]).flatten(1)
+    assert_close(classify_vectors(head, vectors, CLASSES), expected)
 
 
 @pytest.mark.parametrize("inside", [False, True])
