@@ -5,14 +5,16 @@ whose weight is computed or spread over processes, or any callable. It is asked 
 the model notices: neither its hooks nor its buffers see the centroids.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard, get_args
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from mvsc import checks, distributed
 
@@ -31,7 +33,10 @@ TRANSPOSED = (
     "examples/integrations/monai_transposed_head.py."
 )
 
-_MIXING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+_MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+# Of two threads that share a classifier the one would keep what the other had taken off.
+_LOCK = threading.RLock()
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -116,12 +121,9 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
                 f"{type(layer).__name__}. Pass the map as the classifier reads it: "
                 f"{_as_read(axes, len(layer.kernel_size))}."
             )
-    last = classifier[-1] if isinstance(classifier, nn.Sequential) and len(classifier) else None
+    last = _last_of(classifier)
     if isinstance(last, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
-        raise ValueError(
-            f"classifier must return logits, got one that ends in {type(last).__name__}. "
-            "Pass it without that: classifier[:-1]."
-        )
+        raise ValueError(_ends_in(type(last).__name__))
     if not is_pixel_linear(classifier):
         return
     width, classes = widths(classifier)
@@ -132,17 +134,10 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
         )
     if classes != num_classes and not _is_one_logit(classes, num_classes):
         raise ValueError(_wrong_classes(num_classes, classes))
-    groups = getattr(base_of(classifier), "groups", 1)
-    if groups != 1:
-        raise ValueError(
-            f"classifier must read all features at once, got a {type(classifier).__name__} with "
-            f"groups={groups}. Pass a callable that maps (N, {dim}{', 1' * axes}) "
-            "to logits."
-        )
 
 
 def what_mixes(classifier: object) -> str:
-    """Say what a dropout or a batch norm inside the classifier does to the centroids, or ''."""
+    """Say what a batch or instance norm in the classifier does to the centroids, or ''."""
     modules = classifier.named_modules() if isinstance(classifier, nn.Module) else ()
     found = [
         f"{name or type(module).__name__} ({type(module).__name__})"
@@ -152,9 +147,8 @@ def what_mixes(classifier: object) -> str:
     if not found:
         return ""
     return (
-        f"classifier contains {', '.join(found)}: a dropout would drop parts of the centroids, and "
-        "a batch norm would normalise them by their own statistics. Pass the last linear layer "
-        "alone."
+        f"classifier contains {', '.join(found)}, which would normalise the centroids by their own "
+        "statistics. Pass the last linear layer alone."
     )
 
 
@@ -203,17 +197,26 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
     parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
     inputs = vectors.to(dtype)
-    if not reads_rows(classifier):
-        inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *_reach(classifier, axes))
+    regions = [] if reads_rows(classifier) else _regions(classifier, axes)
+    if regions:
+        sizes = [region.size for region in regions]
+        inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *sizes)
     with _leaving_no_trace(classifier):
-        logits: Any = classifier(inputs)
-    if isinstance(logits, Tensor) and logits.ndim == inputs.ndim > 2 and inputs[0, 0].numel() > 1:
-        # The centre of the region, where no padding is seen.
-        for axis in range(2, logits.ndim):
-            logits = logits.narrow(axis, (logits.shape[axis] - 1) // 2, 1)
-    _check_logits(logits, len(vectors), num_classes, axes)
-    answer: Tensor = logits
-    return answer
+        logits = _without_dropout(classifier, inputs)
+    return _centre(logits, len(vectors), num_classes, regions)
+
+
+def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:
+    """Call a classifier with its dropouts off (R13)."""
+    modules = classifier.modules() if isinstance(classifier, nn.Module) else ()
+    dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    for dropout in dropouts:
+        dropout.training = False
+    try:
+        return classifier(inputs)
+    finally:
+        for dropout in dropouts:
+            dropout.training = True
 
 
 def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
@@ -227,7 +230,8 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
     own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
-    plain = type(classifier).forward in forwards and not own and _stores_weights(classifier)
+    matrix = _stores_weights(classifier) and getattr(classifier, "groups", 1) == 1
+    plain = type(classifier).forward in forwards and not own and matrix
     return plain and not _gathers_by_itself(classifier)
 
 
@@ -251,14 +255,30 @@ def _whole(parameter: Any) -> Any:
     return distributed.gather(parameter) if hasattr(parameter, "full_tensor") else parameter
 
 
-def _reach(classifier: Classifier, axes: int) -> list[int]:
-    """Return how many places a classifier looks at around a pixel, in each axis."""
-    reach = [1] * axes
+class _Region(NamedTuple):
+    """In one axis, of how many places a classifier is asked, and of how many it may answer."""
+
+    size: int
+    least: int
+    most: int
+
+
+def _regions(classifier: Classifier, axes: int) -> list[_Region]:
+    """Return the uniform region, axis by axis, in whose centre a classifier sees no padding.
+
+    However the padding is divided between both sides, and whatever the strides. What pools or
+    upsamples in between answers of too few places or too many.
+    """
+    seen = [(1, 1)] * axes  # How many places a pixel's answer looks at, and how far it is apart.
     for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
         if isinstance(layer, _ConvNd):
-            sizes = zip(layer.kernel_size, layer.dilation, strict=True)
-            reach = [n + dilation * (k - 1) for n, (k, dilation) in zip(reach, sizes, strict=True)]
-    return reach
+            each = zip(seen, layer.kernel_size, layer.dilation, layer.stride, strict=True)
+            seen = [(n + s * dilation * (k - 1), s * step) for (n, s), k, dilation, step in each]
+    sizes = [2 * (n + s) - 3 for n, s in seen]
+    return [
+        _Region(size, (size - n) // s + 1, (size - 1) // s + 1)
+        for size, (n, s) in zip(sizes, seen, strict=True)
+    ]
 
 
 @contextmanager
@@ -275,29 +295,30 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
     if torch.compiler.is_compiling() or scripted or any(map(is_sharded, modules)):
         yield
         return
-    kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
-    for module in modules:
-        computed = isinstance(module, _PIXEL_LINEAR) and not _stores_weights(module)
-        for name in _HOOKS:
-            hooks = vars(module)[name]
-            kept_hooks = _computing(hooks) if computed and name == _HOOKS[0] else {}
-            vars(module)[name] = type(hooks)(kept_hooks)
-        for name, buffer in module._buffers.items():
-            # Exchanged, not written back: autograd may have saved the one or the other.
-            module._buffers[name] = None if buffer is None else buffer.clone()
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in kept:
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+    with _LOCK:
+        kept = [(module, _traces(module), dict(module._buffers)) for module in modules]
+        for module in modules:
+            for name in _HOOKS:
+                hooks = vars(module)[name]
+                vars(module)[name] = type(hooks)(_computing(module) if name == _HOOKS[0] else {})
+            for name, buffer in module._buffers.items():
+                # Exchanged, not written back: autograd may have saved the one or the other.
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        try:
+            yield
+        finally:
+            for module, attributes, buffers in kept:
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
 
 
-def _computing(hooks: dict[int, Any]) -> dict[int, Any]:
+def _computing(module: nn.Module) -> dict[int, Any]:
     """Return the hooks that compute a weight before each forward: torch's, or else maybe any."""
+    hooks: dict[int, Any] = module._forward_pre_hooks
     known = {k: h for k, h in hooks.items() if type(h).__module__.startswith("torch.nn.utils.")}
-    return known or hooks
+    stored = not isinstance(module, _PIXEL_LINEAR) or _stores_weights(module)
+    return known if known or stored or parametrize.is_parametrized(module) else hooks
 
 
 def _traces(module: nn.Module) -> dict[str, Any]:
@@ -323,21 +344,47 @@ def _spreads(layer: _ConvNd) -> bool:
     return any(n != 1 for n in (*layer.kernel_size, *layer.stride))
 
 
-def _check_logits(logits: object, count: int, num_classes: int, axes: int) -> None:
-    """Raise unless a classifier's answer to ``count`` vectors has one logit for each class."""
+def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]) -> Tensor:
+    """Return the answer in the centre of a region; raise unless it is a logit for each class."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"classifier must return a tensor of logits, got {checks.describe(logits)}."
         )
-    shape, ones = tuple(logits.shape), (1,) * axes
-    classes = shape[1] if len(shape) in (2, 2 + axes) and shape[0] == count else num_classes
-    if classes != num_classes and not _is_one_logit(classes, num_classes):
-        raise ValueError(_wrong_classes(num_classes, classes))
-    if shape not in ((count, classes), (count, classes, *ones)):
+    # Also where no module says so; the compiler cannot ask.
+    end = "" if torch.compiler.is_compiling() else type(logits.grad_fn).__name__
+    if end.startswith(("Softmax", "Sigmoid")):
+        raise ValueError(_ends_in(end.partition("Backward")[0]))
+    shape = tuple(logits.shape)
+    places = shape[2:] or (1,) * len(regions)
+    fits = len(shape) > 1 and shape[0] == count and len(places) == len(regions)
+    if not fits or any(not r.least <= n <= r.most for n, r in zip(places, regions, strict=True)):
+        asked = "".join(f", {r.size}" for r in regions)
+        spans = "".join(f", {r.least} to {r.most}" if r.size > 1 else ", 1" for r in regions)
         raise ValueError(
-            f"classifier must map ({count}, dim{', 1' * axes}) to {(count, num_classes, *ones)}, "
-            f"got {shape}. Pass the model's last linear layer alone, without upsampling."
+            f"classifier must map ({count}, dim{asked}) to ({count}, {num_classes}{spans}), got "
+            f"{shape}. Pass the model's last linear layer alone, without upsampling."
         )
+    if shape[1] != num_classes and not _is_one_logit(shape[1], num_classes):
+        raise ValueError(_wrong_classes(num_classes, shape[1]))
+    for axis, region in enumerate(regions, start=2):
+        if region.size > 1:
+            logits = logits.narrow(axis, (shape[axis] - 1) // 2, 1)
+    return logits
+
+
+def _last_of(module: nn.Module) -> nn.Module:
+    """Return the layer that a chain of modules ends with; any other module itself."""
+    parts = [part for part in module.children() if not isinstance(part, nn.Identity)]
+    # What is inside a layer, as a parametrization, has its weight for an input.
+    chained = isinstance(module, nn.Sequential) or (len(parts) == 1 and not is_pixel_linear(module))
+    return _last_of(parts[-1]) if parts and chained else module
+
+
+def _ends_in(name: str) -> str:
+    return (
+        f"classifier must return logits, got one that ends in {name}. Pass the layers before that "
+        "alone, as nn.Sequential(...)."
+    )
 
 
 def _is_one_logit(classes: int, num_classes: int) -> bool:

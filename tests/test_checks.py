@@ -168,11 +168,6 @@ def test_wrong_classifiers_are_named_with_the_remedy(classifier, error, message)
         call(classifier=classifier)
 
 
-def test_a_grouped_convolution_is_refused():
-    with pytest.raises(ValueError, match="read all features at once, got a Conv2d with groups=2"):
-        MVSCRegularizer(4, 6)(FEATURES, LABELS, nn.Conv2d(6, 4, 1, groups=2))
-
-
 def test_a_failed_call_is_not_a_step():
     reg = MVSCRegularizer(5, 6)
     with pytest.raises(ValueError, match="labels"):

@@ -1,6 +1,8 @@
 """Asking somebody else's classifier: the right answer, with its gradient, and no trace left."""
 
 import copy
+import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.ao.quantization as quantization
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
@@ -18,9 +20,9 @@ from mvsc.classifier import classify_vectors, is_sharded, reads_rows
 CLASSES, DIM = 4, 8
 
 
-def conv() -> nn.Conv2d:
+def conv(kind: type[nn.Module] = nn.Conv2d) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Conv2d(DIM, CLASSES, 1)
+    return kind(DIM, CLASSES, 1)
 
 
 def pruned(*names: str) -> nn.Module:
@@ -33,14 +35,16 @@ def pruned(*names: str) -> nn.Module:
 class Adapter(nn.Module):
     """LoRA, as PEFT writes it: a layer, and beside it a product of two narrow ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.base_layer = conv().requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout)})
         self.lora_A = nn.ModuleDict({"default": nn.Conv2d(DIM, 2, 1, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Conv2d(2, CLASSES, 1, bias=False)})
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.base_layer(features) + self.lora_B["default"](self.lora_A["default"](features))
+        narrow = self.lora_A["default"](self.lora_dropout["default"](features))
+        return self.base_layer(features) + self.lora_B["default"](narrow)
 
 
 COMPUTED = {
@@ -53,8 +57,10 @@ COMPUTED = {
     "pruned bias": lambda: pruned("bias"),
     "pruned both": lambda: pruned("weight", "bias"),
     "pruned twice": lambda: pruned("weight", "weight"),
+    "transposed": lambda: nn.utils.weight_norm(conv(nn.ConvTranspose2d)),
     "adapter": Adapter,
     "orthogonal": lambda: parametrizations.orthogonal(conv()),
+    "sigmoid": lambda: parametrize.register_parametrization(conv(), "weight", nn.Sigmoid()),
     "inside": lambda: nn.Sequential(nn.utils.spectral_norm(conv())),
 }
 
@@ -150,18 +156,25 @@ class Own(nn.Conv2d):
 
 @pytest.mark.parametrize(
     "make",
-    [conv, lambda: Own(DIM, CLASSES, 1), lambda: nn.Sequential(conv()), lambda: pruned("weight")],
-    ids=["plain", "subclass", "inside", "pruned"],
+    [
+        conv,
+        lambda: Own(DIM, CLASSES, 1),
+        lambda: nn.Sequential(conv()),
+        lambda: pruned("weight"),
+        lambda: parametrizations.weight_norm(conv()),
+    ],
+    ids=["plain", "subclass", "inside", "pruned", "parametrized"],
 )
 def test_hooks_of_any_kind_do_not_see_the_centroids(make):
     layer, calls = make(), []
-    for module in layer.modules():
+    hooked = [each for each in layer.modules() if isinstance(each, (nn.Conv2d, nn.Sequential))]
+    for module in hooked:
         hooks_on(module, calls)
     vectors = torch.randn(5, DIM, requires_grad=True)
     classify_vectors(layer, vectors, CLASSES).sum().backward()
     assert calls == []
     layer(torch.randn(1, DIM, 2, 2, requires_grad=True)).sum().backward()
-    assert len(calls) == 6 * len([*layer.modules()])
+    assert len(calls) == 6 * len(hooked)
 
 
 def test_the_hooks_are_back_after_a_classifier_that_failed():
@@ -184,6 +197,48 @@ def test_a_hook_that_changes_the_weight_of_its_own_accord_is_still_called():
     layer.register_forward_pre_hook(lambda m, _: setattr(m, "weight", m.root.square()))
     answer = classify_vectors(layer, torch.ones(1, DIM), CLASSES)
     assert_close(answer[0], layer.root.square().flatten(1).sum(1) + layer.bias)
+
+
+def test_a_hook_on_a_classifier_of_two_threads_stays():
+    inside, both = threading.Event(), threading.Event()
+
+    class Waiting(nn.Conv2d):
+        def forward(self, features: Tensor) -> Tensor:
+            if threading.current_thread() is first:
+                inside.set()
+                both.wait(0.2)
+            else:  # What this one found when it came is what it leaves behind.
+                both.set()
+                first.join()
+            return super().forward(features)
+
+    layer = Waiting(DIM, CLASSES, 1)
+    layer.register_forward_hook(lambda *_: None)
+    ask = partial(classify_vectors, layer, torch.ones(1, DIM), CLASSES)
+    first, second = threading.Thread(target=ask), threading.Thread(target=ask)
+    first.start()
+    inside.wait()
+    second.start()
+    second.join()
+    assert len(layer._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dropout_inside_drops_nothing_of_the_centroids(compiled):
+    head, vectors = Adapter(dropout=0.5), torch.randn(5, DIM)
+    ask = torch.compile(classify_vectors, fullgraph=True, backend="eager", disable=not compiled)
+    answer = ask(head, vectors, CLASSES)
+    assert all(module.training for module in head.modules())
+    assert_close(answer, head.eval()(vectors[..., None, None]).flatten(1))
+
+
+def test_an_attached_adapter_with_dropout_is_quiet():
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), Adapter(dropout=0.5))
+    reg = attach(model)
+    model(torch.randn(2, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reg(torch.zeros(2, 8, 8).long()).isfinite()
 
 
 def test_the_statistics_of_a_batch_norm_do_not_see_the_centroids():
@@ -239,6 +294,56 @@ def test_a_wide_kernel_answers_as_inside_a_uniform_region_in_any_number_of_axes(
     assert_close(classify_vectors(asked, vectors, CLASSES, axes), expected)
 
 
+STRIDED = {
+    "one": lambda: nn.Sequential(nn.Conv2d(DIM, CLASSES, 3, 2, 1)),
+    "computed": lambda: parametrizations.weight_norm(nn.Conv2d(DIM, CLASSES, 3, 2, 1)),
+    "first": lambda: nn.Sequential(nn.Conv2d(DIM, 6, 3, 3, 1), nn.Conv2d(6, CLASSES, 5, 1, 2)),
+    "both": lambda: nn.Sequential(nn.Conv2d(DIM, 6, 4, 2, 1), nn.Conv2d(6, CLASSES, 3, 2, 1)),
+    "no padding": lambda: nn.Sequential(nn.Conv2d(DIM, CLASSES, 3, 2)),
+    "narrow": lambda: nn.Sequential(nn.Conv2d(DIM, CLASSES, 1, 2)),
+    "one side": lambda: nn.Sequential(nn.ZeroPad2d((2, 0, 0, 2)), nn.Conv2d(DIM, CLASSES, 3, 2)),
+    "causal": lambda: nn.Sequential(nn.ZeroPad2d((4, 0, 4, 0)), nn.Conv2d(DIM, CLASSES, 5)),
+}
+
+
+@pytest.mark.parametrize("make", STRIDED.values(), ids=[*STRIDED])
+def test_strides_and_padding_on_one_side_change_no_answer(make):
+    head, vectors = make(), torch.randn(5, DIM)
+    inside = head(vectors[:, :, None, None].expand(-1, -1, 41, 41))
+    places = [size // 2 for size in inside.shape[2:]]
+    assert_close(classify_vectors(head, vectors, CLASSES), inside[:, :, places[0], places[1]])
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.Upsample(scale_factor=2),
+        nn.UpsamplingBilinear2d(scale_factor=8),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ],
+)
+def test_what_gives_a_wide_kernels_places_others_is_refused(padding, last):
+    wide = nn.Conv2d(DIM, CLASSES, 3, padding=padding)
+    with pytest.raises(ValueError, match=r"to \(5, 4, 3 to 5, 3 to 5\), got .*linear layer alone"):
+        classify_vectors(nn.Sequential(wide, last), torch.randn(5, DIM), CLASSES)
+    assert classify_vectors(wide, torch.randn(5, DIM), CLASSES).shape == (5, CLASSES)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_grouped_convolution_answers_as_it_does_in_the_model(kernel):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), nn.Conv2d(DIM, CLASSES, kernel, groups=2))
+    vectors = torch.randn(5, DIM)
+    expected = model[1](vectors[..., None, None].expand(-1, -1, kernel, kernel)).flatten(1)
+    assert_close(classify_vectors(model[1], vectors, CLASSES), expected)
+    reg = attach(model, classifier="1")
+    size = model(torch.randn(2, 3, 8, 8)).shape[2:]
+    reg(torch.zeros(2, *size).long()).backward()
+    assert model[1].weight.grad.any()
+
+
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
 def test_a_transposed_convolution_of_one_place_is_a_1x1_convolution(kind):
     axes = int(kind.__name__[-2])
@@ -259,14 +364,66 @@ def test_other_transposed_convolutions_are_refused_with_the_way_out(settings):
             )
 
 
-@pytest.mark.parametrize("last", [nn.Softmax(1), nn.Softmax2d(), nn.Sigmoid()])
-def test_a_classifier_that_ends_in_probabilities_is_refused(last):
-    reg = MVSCRegularizer(CLASSES, DIM)
+class Activation(nn.Module):
+    """As that of segmentation_models_pytorch."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self.activation(logits)
+
+
+class Head(nn.Module):
+    """One whose own code says what comes last."""
+
+    def __init__(self, last) -> None:
+        super().__init__()
+        self.conv, self.gate, self.last = conv(), nn.Sigmoid(), last
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(self.conv(features * self.gate(features)))
+
+
+PROBABILITIES = {
+    "Softmax": lambda: nn.Sequential(conv(), nn.Softmax(1)),
+    "Softmax2d": lambda: nn.Sequential(conv(), nn.Identity(), Activation(nn.Softmax2d())),
+    "Sigmoid": lambda: nn.Sequential(nn.Sequential(conv(), nn.Sigmoid()), nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+@pytest.mark.parametrize("own", [False, True])
+def test_a_classifier_that_ends_in_probabilities_is_refused(name, own):
+    reg, last = MVSCRegularizer(CLASSES, DIM), getattr(torch, name.lower().removesuffix("2d"))
     inputs = torch.randn(2, DIM, 4, 4), torch.zeros(2, 4, 4).long()
-    classifier = nn.Sequential(conv(), last)
-    with pytest.raises(ValueError, match=rf"ends in {type(last).__name__}\..*classifier\[:-1\]"):
+    ends = partial(last, dim=1) if name.startswith("Softmax") else last
+    classifier = Head(ends) if own else PROBABILITIES[name]()
+    named = name.removesuffix("2d") if own else name
+    with pytest.raises(ValueError, match=rf"ends in {named}\..*layers before that alone"):
         reg(*inputs, classifier)
-    assert_close(reg.eval()(*inputs, classifier[:-1]), reg(*inputs, conv()))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(conv()),
+        lambda: nn.Sequential(conv(), Activation(nn.Identity())),
+        lambda: nn.Sequential(nn.Identity(), conv(), nn.LogSoftmax(1)),
+        lambda: nn.Sequential(nn.Sequential(nn.Sequential(), conv())),
+    ],
+)
+def test_a_classifier_that_ends_in_logits_has_the_loss_of_its_layer(make):
+    reg = MVSCRegularizer(CLASSES, DIM).eval()
+    inputs = torch.randn(2, DIM, 4, 4), torch.zeros(2, 4, 4).long()
+    assert_close(reg(*inputs, make()), reg(*inputs, conv()))
+
+
+def test_a_sigmoid_inside_a_classifier_stays():
+    head, vectors = Head(nn.Identity()), torch.randn(5, DIM, requires_grad=True)
+    expected = head.conv((vectors * vectors.sigmoid())[..., None, None]).flatten(1)
+    assert_close(classify_vectors(head, vectors, CLASSES), expected)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -220,10 +220,12 @@ def test_a_hook_on_the_classifier_does_not_see_the_centroids():
     assert seen == []
 
 
-def test_dropout_or_batch_norm_in_the_classifier_is_named_once():
+def test_a_norm_by_statistics_in_the_classifier_is_named_once():
     step = example()
-    head = nn.Sequential(nn.Dropout2d(), nn.BatchNorm2d(6), step.classifier)
-    with pytest.warns(UserWarning, match=r"0 \(Dropout2d\), 1 \(BatchNorm2d\).*last linear layer"):
+    wide = nn.Conv2d(6, 6, 3, padding=1)
+    head = nn.Sequential(nn.BatchNorm2d(6), wide, nn.InstanceNorm2d(6), step.classifier)
+    named = r"0 \(BatchNorm2d\), 2 \(InstanceNorm2d\).*last linear layer"
+    with pytest.warns(UserWarning, match=named):
         step.reg(step.features, step.labels, head)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
