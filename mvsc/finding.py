@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 from mvsc.checks import on_grid
 from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
@@ -324,13 +325,30 @@ def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], list[
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and its state dict back in the end.
+
+    Counters, and the observers of quantisation-aware training, move in evaluation mode too.
+    """
     modes = {module: module.training for module in model.modules()}
+    # Exchanged, not written back; of a tensor with two names there is one copy. What is not in
+    # the state dict may be a cache, whose size a module keeps elsewhere.
+    kept = [
+        (module, name, buffer)
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    copies = {buffer: buffer.clone() for _, _, buffer in kept if not is_lazy(buffer)}
+    for module, name, buffer in kept:
+        module._buffers[name] = copies.get(buffer, buffer)
     model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer
 
 
 def _difference(outputs: list[Tensor], logits: Tensor) -> str:

@@ -180,6 +180,43 @@ def test_an_example_leaves_modes_statistics_and_hooks_as_they_were(images):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_an_example_leaves_what_moves_in_evaluation_mode_as_it_was(images):
+    class Counted(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("calls", "grown"):
+                self.register_buffer(name, torch.zeros(1))
+            self.encoder.register_buffer("same", self.calls)  # the same tensor, twice
+            self.register_buffer("cache", None, persistent=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            assert_close(self.encoder.same, self.calls, rtol=0, atol=0)
+            self.grown.resize_(3).fill_(7)  # as observers of quantisation-aware training do
+            self.cache = torch.zeros(2)
+            return super().forward(images)
+
+    model = Counted()
+    before, calls = copy.deepcopy(model.state_dict()), model.calls
+    attach(model, example=images).detach()
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.calls is calls
+    assert model.cache.shape == (2,)  # and what is no state stays consistent
+    with pytest.raises(TypeError):
+        attach(model, example=[images, images])
+    assert model.calls is calls
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_example_leaves_the_observers_of_quantisation_aware_training_as_they_were(images):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.ReLU(), nn.Conv2d(DIM, CLASSES, 1))
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    model = torch.ao.quantization.prepare_qat(model.train())
+    before = copy.deepcopy(model.state_dict())
+    attach(model, example=images).detach()
+    assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_classifier_is_named_by_a_module_or_a_path():
     with pytest.raises(TypeError, match="a module of the model or its path, got 2"):
         attach(Net(), classifier=2)
