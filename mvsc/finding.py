@@ -1,9 +1,11 @@
 """Finding the pixel classifier of a segmenter, or saying why none is certain."""
 
+import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mvsc.checks import on_grid
-from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
+from mvsc.classifier import TRANSPOSED, is_pixel_linear, reads_rows, widths
 from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal, refused_whole
 
 logger = logging.getLogger("mvsc")
@@ -28,6 +30,12 @@ _STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
 """Strides that models have."""
 
 _SINGLE = "gives one logit, which stands for two classes"
+
+_REARRANGED = (
+    "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle, a "
+    "reshape or a cut follows. Pass the features to MVSCRegularizer, with a callable that cuts as "
+    "the model does, or else with an auxiliary 1x1 classifier that has a cross-entropy of its own."
+)
 
 _LISTED = 12
 
@@ -250,7 +258,8 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     classes = {logits.shape[1], logits.shape[-1]}
     wide = [name for name, layer in _linear_layers(model) if _width_given(layer) in classes]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
-    reasons = {name: _difference(outputs.get(name, []), logits) for name in names}
+    answers = {name: outputs.get(model.get_submodule(name), []) for name in names}
+    reasons = {name: _difference(answers[name], logits) for name in names}
     refused = refusal(model)
     for name in names:
         # DETR's logits are those of its queries: proved, and yet no pixel's.
@@ -258,7 +267,7 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
             reasons[name] = reasons[name] or "not the last layer"
     rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
-        if any(not _difference(outputs.get(path, []), part) for part in rivals):
+        if any(not _difference(answers[path], part) for part in rivals):
             return path
     elif path is None and rivals:
         reasons = {
@@ -285,18 +294,20 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], list[Tensor], bool]:
+def _run(
+    model: nn.Module, example: Any
+) -> tuple[dict[nn.Module, list[Tensor]], list[Tensor], bool]:
     """Run one forward that leaves no trace.
 
     Returns:
-        Each linear layer's outputs, what may be logits, and whether these are parts of a list.
+        Each linear layer's answers, what may be logits, and whether these are parts of a list.
     """
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[nn.Module, list[Tensor]] = {}
 
-    def note(path: str) -> Callable[..., None]:
-        return lambda module, args, output: outputs.setdefault(path, []).append(output)
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs.setdefault(module, []).append(classes_second(module, output))
 
-    handles = [layer.register_forward_hook(note(path)) for path, layer in _linear_layers(model)]
+    handles = [layer.register_forward_hook(note) for _, layer in _linear_layers(model)]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(list(devices)), torch.no_grad(), _evaluating(model):
@@ -351,15 +362,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
 
 
-def _difference(outputs: list[Tensor], logits: Tensor) -> str:
-    """Say why the outputs of a layer are not the logits; '' if they are, up to a resize."""
-    if len(outputs) != 1:
-        return f"called {len(outputs)} times in one forward"
-    answers, maps = _readings(outputs[0], logits)
-    pairs = [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
+def classes_second(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return the output of a linear layer as ``(batch, classes, *spatial)``, a view."""
+    return output.movedim(-1, 1) if reads_rows(layer) and output.ndim > 2 else output
+
+
+def _difference(answers: list[Tensor], logits: Tensor) -> str:
+    """Say why the answers of a layer are not the logits; '' if they are, up to a resize."""
+    if len(answers) != 1:
+        return f"called {len(answers)} times in one forward"
+    pairs = _pairs(answers[0], logits)
     if not pairs:
-        return f"gives {tuple(outputs[0].shape)}, the logits are {tuple(logits.shape)}"
-    if any(_distance(a, b) <= _SAME for a, b in pairs):
+        return f"gives {tuple(answers[0].shape)}, the logits are {tuple(logits.shape)}"
+    if any(_is_resized(a, b) for a, b in pairs):
         return ""
     cropped = any(_padded_by(a, b) is not None for a, b in pairs)
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
@@ -367,38 +382,46 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
 
 def why_not_the_logits(
     answer: Tensor, output: Any
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, str]:
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, str] | None:
     """Say why a classifier's answer is not what the model returns.
 
     Args:
-        answer: what left the classifier in a forward, in training mode or not.
-        output: what left the model: a tensor, or tensors in lists and mappings.
+        answer: what left the classifier in a forward, in training mode or not; classes second.
+        output: what left the model: a tensor, or tensors in lists, mappings and data classes.
 
     Returns:
         ``(padded, reason)``. The size that the model pads its images to and that of the logits,
-        if it crops these; else None. And the reason, '' if there is none: the answer, resized, is
-        what is returned, or nothing that is returned has its batch, classes and axes.
+        if it crops these; else None. And the reason, '' if the answer, resized, is what is
+        returned. None if that is open: nothing that is returned has its batch, classes and axes,
+        or an activation made it.
     """
-    pairs = []
-    for logits in _tensors(output):
-        answers, maps = _readings(answer, logits)
-        pairs += [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
+    maps = [each for each in _tensors(output) if each.ndim > 2 and len(each) == len(answer)]
+    pairs = [pair for each in _tensors(output) for pair in _pairs(answer, each)]
     # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
     first = [(a[:1], b[:1]) for a, b in pairs]
-    if not pairs or any(_distance(a, b) <= _SAME for a, b in first):
+    if not pairs:
+        parts = [each for each in maps if _is_rearranged(answer[:1], each[:1])]
+        return (None, _REARRANGED.format(answer.shape[1], parts[0].shape[1])) if parts else None
+    exact = [_without_softmax(a, b) for a, b in first]
+    if any(_is_resized(a, b) for a, b in exact):
         return None, ""
-    for a, b in first:
+    for a, b in exact:
         if (padded := _padded_by(a, b)) is not None:
             return (padded, tuple(b.shape[2:])), ""
     finite = all(bool(each.isfinite().all()) for each in first[0])
     if not finite or any(_alike(a, b) for a, b in first):
-        return None, ""
+        return None
     a, b = pairs[0]
     return None, (
         f"it gives {tuple(a.shape)} and the model returns {tuple(b.shape)}, which is not a resize "
         "of that: a residual or a layer with weights follows. Name the last linear layer "
         "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer."
     )
+
+
+def sizes_of(answer: Tensor, output: Any) -> tuple[torch.Size, ...]:
+    """Return the sizes on which it depends whether a model pads; no values are read."""
+    return answer.shape[2:], *(each.shape[2:] for each in _tensors(output))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -409,56 +432,74 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield output.detach()
             if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
                 yield from output.detach().unbind(1)
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from _tensors(value)
+        return
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif isinstance(output, SimpleNamespace):
+        output = vars(output).values()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        output = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    elif not isinstance(output, tuple | list):
+        return
+    for value in output:
+        yield from _tensors(value)
 
 
-def _readings(answer: Tensor, logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid.
+def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Read an answer as the logits, whose classes are second or last; all that fits its classes.
 
-    Of two dates the logits may be stacked, or belong to the first half of the answer.
+    Tokens are unfolded to the logits' grid. Of two dates the logits may be stacked, or belong to
+    the first half of the answer.
     """
     if logits.ndim == answer.ndim + 1 and answer.shape[0] == logits.shape[:2].numel():
         logits = logits.flatten(0, 1)
     elif logits.ndim == answer.ndim and answer.shape[0] == 2 * logits.shape[0]:
         answer = answer[: logits.shape[0]]
-    maps = [logits, logits.movedim(-1, 1)] if logits.ndim > 2 else []
-    answers = [answer, answer.movedim(-1, 1)] if answer.ndim > 2 else []
-    if answer.ndim == 3 and logits.ndim > 3:
-        unfolded = []
-        for each in answers:
-            for size in {tuple(m.shape[2:]) for m in maps}:
-                try:
-                    unfolded.append(on_grid(each, size, None))
-                except ValueError:
-                    continue
-        answers = unfolded
-    answers = [each for each in answers if 3 <= each.ndim <= 5]
-    return answers, [each for each in maps if any(each.ndim == a.ndim for a in answers)]
+    if not (3 <= answer.ndim <= 5 and 3 <= logits.ndim <= 5):
+        return []
+    pairs = []
+    for each in (logits, logits.movedim(-1, 1)):
+        if each.shape[:2] != answer.shape[:2]:
+            continue
+        try:
+            unfolded = on_grid(answer, tuple(each.shape[2:]), None)
+        except ValueError:
+            continue
+        if unfolded.ndim == each.ndim:
+            pairs.append((unfolded, each))
+    return pairs
+
+
+def _without_softmax(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Make logits of probabilities, or of their logarithms, and an answer to compare with these.
+
+    A softmax forgets the mean over the classes; a linear resize keeps it apart.
+    """
+    for logs in (logits.clamp_min(1e-30).log(), logits):
+        if answer.shape[1] > 1 and bool(((logs.exp().sum(1) - 1).abs() < 1e-2).all()):
+            return answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True)
+    return answer, logits
 
 
 _RESIZES: dict[int, list[dict[str, Any]]] = {
-    axes: [{"mode": mode, "align_corners": corners} for corners in (False, True)]
-    + [{"mode": "nearest"}, {"mode": "nearest-exact"}]
-    for axes, mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"))
+    axes: [
+        *({"mode": modes[0], "align_corners": corners} for corners in (False, True)),
+        *({"mode": mode} for mode in ("nearest", "nearest-exact")),
+        *({"mode": mode, "align_corners": c} for mode in modes[1:] for c in (False, True)),
+    ]
+    for axes, modes in ((1, ["linear"]), (2, ["bilinear", "bicubic"]), (3, ["trilinear"]))
 }
 
 
-def _distance(answer: Tensor, logits: Tensor) -> float:
-    """Return the least distance of a resized answer to the logits, over their length."""
+def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> bool:
+    """Return whether logits are a resized answer, up to a share of their length."""
     # The tolerance is relative: at random weights all logits of some models are tiny.
     answer, logits = answer.double(), logits.double()
-    if answer.ndim != logits.ndim:
-        return float("inf")
-    resizes = _RESIZES[answer.ndim - 2] if answer.shape != logits.shape else [None]
-    return min(
-        _relative(answer if way is None else F.interpolate(answer, logits.shape[2:], **way), logits)
-        for way in resizes
-    )
+    if answer.shape == logits.shape:
+        return _relative(answer, logits) <= tolerance
+    ways = _RESIZES[answer.ndim - 2]
+    size = logits.shape[2:]
+    return any(_relative(F.interpolate(answer, size, **way), logits) <= tolerance for way in ways)
 
 
 def _relative(answer: Tensor, logits: Tensor) -> float:
@@ -469,12 +510,20 @@ def _alike(answer: Tensor, logits: Tensor) -> bool:
     """Return whether logits, or what an activation made of them, are a resized answer."""
     answer = answer.double()
     for activation in (answer, answer.softmax(1), answer.sigmoid(), answer.log_softmax(1)):
-        if _distance(activation, logits) <= _ALIKE:
+        if _is_resized(activation, logits, _ALIKE):
             return True
-    if answer.ndim != logits.ndim or answer.shape[1] == 1:
+    if answer.shape[1] == 1:
         return False
     resized = F.interpolate(answer, logits.shape[2:], mode="nearest-exact")
     return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
+
+
+def _is_rearranged(answer: Tensor, output: Tensor) -> bool:
+    """Return whether an output holds nothing but most values of an answer, in other classes."""
+    classes = answer.shape[1]
+    if classes == 1 or classes in output.shape[1:] or 2 * output.numel() <= answer.numel():
+        return False
+    return bool(torch.isin(output, answer).all())
 
 
 def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
@@ -482,8 +531,6 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
 
     None if it was not.
     """
-    if answer.ndim != logits.ndim:
-        return None
     answer, logits, size = answer.double(), logits.double(), logits.shape[2:]
     for stride in _strides(answer.shape[2:], size):
         padded = tuple(stride * n for n in answer.shape[2:])
@@ -491,10 +538,10 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
             continue
         for way in _RESIZES[answer.ndim - 2]:
             whole = F.interpolate(answer, padded, **way)
-            for share in (0, 2):  # padded at the end alone, or on both sides
+            for halves in (0, 1, 2):  # padded at the end, on both sides, at the beginning
                 part = whole
                 for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
-                    part = part.narrow(axis, (big - n) // share if share else 0, n)
+                    part = part.narrow(axis, (big - n) * halves // 2, n)
                 if _relative(part, logits) <= _SAME:
                     return padded
     return None

@@ -95,7 +95,7 @@ class Watch:
                 "the model pads its images and crops its logits, so labels of "
                 f"{describe_sizes(labels)} are stretched over images of {describe_sizes(padded)}. "
                 "Pad the labels with ignore_index to that size, in the same way: "
-                "F.pad(labels, (0, right, 0, bottom), value=ignore_index).",
+                "F.pad(labels, (left, right, top, bottom), value=ignore_index).",
             )
 
     def notice_sizes(self, features: tuple[int, ...], labels: tuple[int, ...]) -> None:

@@ -131,7 +131,7 @@ BUGS = [
     ("attach", "_options_of_config(model, path) | options", "options | _options_of_config(model, path)", "the config beats the user's option"),
     ("attach", "regularizer.to(device)", "regularizer", "the regularizer stays on the CPU"),
     ("finding", "    if len(fit) != 1:", "    if not fit:", "the first of several candidates is guessed"),
-    ("finding", '    if any(_distance(a, b) <= _SAME for a, b in pairs):\n        return ""', '    if pairs:\n        return ""', "any layer of the right shape is proven"),
+    ("finding", '    if any(_is_resized(a, b) for a, b in pairs):\n        return ""', '    if pairs:\n        return ""', "any layer of the right shape is proven"),
     ("finding", "            if part in path.lower():", "            if False:", "an auxiliary head may be the classifier"),
     ("finding", "            module.training = training\n", "            pass\n", "the example leaves the model in evaluation mode"),
     ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
