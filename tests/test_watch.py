@@ -512,6 +512,34 @@ def test_strokes_that_miss_every_centre_are_noticed_once_and_learned_from_if_tol
     assert not bool(learn[:, 4:].any())
 
 
+@pytest.mark.parametrize("size", [(4, 4), (7, 7), (4, 4, 4), (4,)])
+def test_points_that_miss_every_centre_of_a_small_map_are_noticed_after_unlabelled_batches(size):
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    labels = torch.full((2, *(16 * n for n in size)), 255)
+    features = torch.randn(2, DIM, *size)
+    classifier = [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1](DIM, CLASSES, 1)
+    for _ in range(12):
+        reg(features, labels, classifier)
+    labels[(slice(None), *[slice(1, None, 16)] * len(size))] = 1
+    for _ in range(2):
+        reg(features, labels, classifier)
+    with pytest.warns(UserWarning, match=r"labelled pixels, and none of them.*grid_label="):
+        reg(features, labels, classifier)
+
+
+def test_points_are_looked_at_in_the_first_labelled_batches_only():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    for labels in [strokes(width=9)] * 10 + [strokes()]:
+        reg(torch.randn(2, DIM, 8, 8), labels, classifier)
+
+
+def test_a_small_map_that_loses_its_labels_now_and_then_is_quiet():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    found = strokes(size=64, width=16)
+    for labels in [strokes(size=64), strokes(size=64), found] * 3:
+        reg(torch.randn(2, DIM, 4, 4), labels, classifier)
+
+
 def test_labels_that_reach_the_grid_or_are_none_are_quiet():
     features, classifier = torch.randn(2, DIM, 8, 8), nn.Conv2d(DIM, CLASSES, 1)
     reg = MVSCRegularizer(CLASSES, DIM, 1)
