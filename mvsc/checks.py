@@ -4,6 +4,7 @@ A check with one caller stands beside that caller. Inside, the code trusts its i
 """
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ def check_positive_int(name: str, value: object) -> None:
 def check_int(name: str, value: object) -> int:
     """Raise unless ``value`` is an int; return it."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}. Pass a whole number.")
+        # NumPy's are refused, too: the compiler would make tensors of them.
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        remedy = f"Use int({name})." if whole else "Pass a whole number."
+        raise TypeError(f"{name} must be an int, got {describe(value)}. {remedy}")
     return value
 
 
@@ -206,7 +210,9 @@ def describe_sizes(sizes: Any) -> str:
 
 def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[int, ...]:
     """Raise unless ``grid`` is sizes of as many axes as the labels have; return it."""
-    if not isinstance(grid, (tuple, list)) or not all(isinstance(n, int) and n > 0 for n in grid):
+    if not isinstance(grid, (tuple, list)) or not all(
+        isinstance(n, Integral) and n > 0 for n in grid
+    ):
         raise TypeError(
             f"grid must be sizes, whole numbers of at least 1, got {describe(grid)}. "
             "Pass height and width of the tokens: grid=(14, 14)."
@@ -222,14 +228,18 @@ def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[i
             f"grid must have the {len(size)} axes of the labels, {describe_sizes(size)}, got "
             f"{tuple(grid)}. Pass grid=({axis_names(len(size))}) of the {features.shape[2]} tokens."
         )
-    return tuple(grid)
+    return tuple(int(n) for n in grid)
 
 
 def _of_axes(ndim: int, channels_last: bool) -> str:
     """Say what to do with features that have none or too many spatial axes."""
     if ndim == 2:
         axis = 1 if channels_last else -1
-        return f"For one vector each use features.unsqueeze({axis}) and labels.unsqueeze(-1)."
+        return (
+            f"For a row of each pixel use features.unsqueeze({axis}) and "
+            "labels.flatten().unsqueeze(-1); in an attached model let the classifier read "
+            "(batch, height, width, dim)."
+        )
     if ndim > 5:
         # The first ones, so that labels on the grid of the features stay on it.
         first, more = 1 if channels_last else 2, ndim - 5
