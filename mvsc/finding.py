@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mvsc.checks import on_grid
-from mvsc.classifier import TRANSPOSED, is_pixel_linear, reads_rows, widths
+from mvsc.classifier import TRANSPOSED, base_of, is_pixel_linear, reads_rows, widths
 from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal, refused_whole
 
 logger = logging.getLogger("mvsc")
@@ -66,7 +66,9 @@ def find_classifier(
     """
     if classifier is not None:
         named = _linear_inside(model, _path_of(model, classifier))
-        return named if example is None else _prove(model, named, example)
+        if _classifies_queries(model, named):
+            raise _not_found(model, {named: ""})
+        return _not_lazy(model, named) if example is None else _prove(model, named, example)
     hosts = _hosts(model)
     path = _path_in_host(model, *hosts[0]) if len(hosts) == 1 else None
     if example is not None:
@@ -85,30 +87,42 @@ def find_classifier(
         listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
         raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
-    if len(fit) != 1:
+    if len(fit) != 1 or _classifies_queries(model, fit[0]):
         why = f"one of {len(fit)} that could be it"
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
     logger.warning("took %r, the only candidate, for the classifier; example= proves it", fit[0])
-    return fit[0]
+    return _not_lazy(model, fit[0])
+
+
+def _not_lazy(model: nn.Module, path: str) -> str:
+    if any(map(is_lazy, model.get_submodule(path).parameters())):
+        raise ValueError(
+            f"classifier must know its sizes, got {path!r}, which is lazy and was not called. "
+            "Run one forward first, or pass example=images."
+        )
+    return path
 
 
 def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
-    paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    # A module that stands in several places has a name in each.
+    named: list[tuple[str, nn.Module]] = [*model.named_modules(remove_duplicate=False)]
+    paths = dict.fromkeys(path for path, _ in named)
     if not isinstance(classifier, str | nn.Module):
         raise TypeError(
             f"classifier must be a module of the model or its path, got {classifier!r}. "
             "Pass for example 'decode_head.classifier'."
         )
     if isinstance(classifier, nn.Module):
-        if classifier not in paths:
-            raise ValueError(
-                "classifier must be a module of the model, got a "
-                f"{type(classifier).__name__} outside of it. Pass one that the model calls."
-            )
-        return paths[classifier]
-    if classifier in paths.values():
+        for path, module in named:
+            if module is classifier:
+                return path
+        raise ValueError(
+            "classifier must be a module of the model, got a "
+            f"{type(classifier).__name__} outside of it. Pass one that the model calls."
+        )
+    if classifier in paths:
         return classifier
-    near = difflib.get_close_matches(classifier, paths.values(), n=5, cutoff=0.4)
+    near = difflib.get_close_matches(classifier, paths, n=5, cutoff=0.4)
     there = near or [name for name, _ in _linear_layers(model)][-_LISTED:]
     raise ClassifierNotFoundError(
         f"classifier must be the path of a module of {type(model).__name__}, got {classifier!r}. "
@@ -260,10 +274,9 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
     answers = {name: outputs.get(model.get_submodule(name), []) for name in names}
     reasons = {name: _difference(answers[name], logits) for name in names}
-    refused = refusal(model)
     for name in names:
         # DETR's logits are those of its queries: proved, and yet no pixel's.
-        if refused and (name.split(".")[-1] in refused.modules or refused_whole(model)):
+        if _classifies_queries(model, name) or refused_whole(model):
             reasons[name] = reasons[name] or "not the last layer"
     rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
@@ -553,6 +566,13 @@ def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
     return [least, *(n for n in _STRIDES if least < n <= 2 * least)]
 
 
+def _classifies_queries(model: nn.Module, path: str) -> bool:
+    """Return whether a layer's name is that of a query classifier, and no map can enter it."""
+    refused, layer = refusal(model), base_of(model.get_submodule(path))
+    maps = isinstance(layer, nn.Conv2d | nn.Conv3d)
+    return refused is not None and not maps and not refused.modules.isdisjoint(path.split("."))
+
+
 def _not_found(
     model: nn.Module, candidates: dict[str, str], refuted: Sequence[str] | None = None
 ) -> ClassifierNotFoundError:
@@ -568,7 +588,7 @@ def _not_found(
         kind = type(layer).__name__
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             kind += f" {'x'.join(map(str, layer.kernel_size))}"
-        if refused is not None and path.split(".")[-1] in refused.modules:
+        if _classifies_queries(model, path):
             reason = "classifies queries, not pixels"
         lines.append(f"  {path}: {kind}, {_width_read(layer)} -> {_width_given(layer)}: {reason}")
     if not candidates:

@@ -60,6 +60,33 @@ def test_a_classifier_with_a_parametrization_is_one(images, labels):
             assert reg(labels).item() > 0
 
 
+def test_a_classifier_that_stands_in_two_places_has_two_names(images, labels):
+    model = Net()
+    model.heads = nn.ModuleDict({"coarse": nn.Conv2d(DIM, 3, 1), "fine": model.classifier})
+    for name in ("classifier", "heads.fine"):
+        for example in (None, images):
+            with attach(model, classifier=name, example=example) as reg:
+                assert reg.classifier_path == name
+                model(images)
+                assert reg(labels).item() > 0
+    assert attach(model, classifier=model.heads["fine"]).classifier_path == "classifier"
+
+
+def test_a_lazy_classifier_is_found_by_an_example_or_after_a_forward(images):
+    def lazy() -> nn.Module:
+        layers = [nn.Conv2d(3, DIM, 1), nn.LazyBatchNorm2d(), nn.LazyConv2d(CLASSES, 1)]
+        return nn.Sequential(*layers)
+
+    for model, name in ((lazy(), "2"), (nn.Sequential(nn.LazyConv2d(CLASSES, 1)), None)):
+        with pytest.raises(ValueError, match="lazy and was not called. Run one .* example=images"):
+            attach(model, classifier=name)
+    for name in (None, "2"):
+        assert attach(lazy(), classifier=name, example=images).regularizer.dim == DIM
+    model = lazy()
+    model(images)
+    assert attach(model, classifier="2").regularizer.dim == DIM
+
+
 def test_a_named_module_without_one_linear_layer_raises():
     with pytest.raises(
         ValueError, match=r"or hold just one, got Sequential 'encoder' with.*0 \(Conv"
@@ -326,6 +353,41 @@ def test_a_head_of_ones_own_on_a_model_of_transformers_is_found():
         sam = hf.Sam2Model(hf.Sam2Config())
         model = nn.ModuleDict({"sam": sam, "head": nn.Conv2d(256, CLASSES, 1)})
         assert attach(model).classifier_path == "head"
+
+
+class Queries(nn.Module):
+    """Nine queries with their classes and masks, as MaskFormer and its kin have."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.pixels, self.queries = nn.Conv2d(3, DIM, 4, 4), nn.Parameter(torch.randn(9, DIM))
+        self.class_predictor = nn.ModuleList([classifier])
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = self.pixels(images)
+        queries = self.queries + pixels.mean((2, 3))[:, None]
+        rows = isinstance(self.class_predictor[0], nn.Linear)
+        classes = self.class_predictor[0](queries if rows else queries.mT)
+        masks = torch.einsum("bqd,bdhw->bqhw", queries, pixels)
+        return {"logits": classes if rows else classes.mT, "masks": masks}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(DIM, 6), nn.Conv1d(DIM, 6, 1)])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("proved", [False, True])
+def test_a_classifier_of_queries_is_refused_also_by_name(images, layer, named, proved):
+    options = {"classifier": "class_predictor"} if named else {}
+    options |= {"example": images} if proved else {}
+    with pytest.raises(ClassifierNotFoundError, match="queries, not pixels\n.*auxiliary 1x1"):
+        attach(Queries(layer), **options)
+
+
+def test_a_classifier_of_maps_may_have_the_name_of_one_of_queries(images):
+    layers = OrderedDict(encoder=nn.Conv2d(3, DIM, 1), class_predictor=nn.Conv2d(DIM, CLASSES, 1))
+    model = nn.Sequential(layers)
+    for options in ({}, {"classifier": "class_predictor"}, {"example": images}):
+        with attach(model, **options) as reg:
+            assert reg.classifier_path == "class_predictor"
 
 
 # PEFT.
