@@ -210,9 +210,7 @@ def describe_sizes(sizes: Any) -> str:
 
 def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[int, ...]:
     """Raise unless ``grid`` is sizes of as many axes as the labels have; return it."""
-    if not isinstance(grid, (tuple, list)) or not all(
-        isinstance(n, Integral) and n > 0 for n in grid
-    ):
+    if not isinstance(grid, (tuple, list)) or not all(isinstance(n, int) and n > 0 for n in grid):
         raise TypeError(
             f"grid must be sizes, whole numbers of at least 1, got {describe(grid)}. "
             "Pass height and width of the tokens: grid=(14, 14)."
@@ -228,7 +226,7 @@ def _checked_grid(features: Tensor, size: tuple[int, ...], grid: Any) -> tuple[i
             f"grid must have the {len(size)} axes of the labels, {describe_sizes(size)}, got "
             f"{tuple(grid)}. Pass grid=({axis_names(len(size))}) of the {features.shape[2]} tokens."
         )
-    return tuple(int(n) for n in grid)
+    return tuple(grid)
 
 
 def _of_axes(ndim: int, channels_last: bool) -> str:

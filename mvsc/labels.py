@@ -134,9 +134,11 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
         return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if features is not None and labels.ndim == axes and shape[0] == features.shape[0]:
         return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."
-    places = 0 if features is None else features.shape[2:].numel()
-    if places and labels.ndim - 1 > axes and grid_of_ratio(places, shape[1:]):
-        return "Pass the features unfolded, with the axes of the labels."
+    if features is not None and labels.ndim - 1 > axes:
+        return (
+            "Pass the features unfolded, with the axes of the labels, if they were folded; else "
+            "one class index for each pixel."
+        )
     return "Pass one class index for each pixel."
 
 

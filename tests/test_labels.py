@@ -221,10 +221,9 @@ def test_many_classes_that_totensor_scaled_come_back_as_they_were(dtype):
     assert torch.equal(end, y)
 
 
-def test_maps_of_several_masks_are_not_told_to_unfold_features_that_have_no_such_axis():
+def test_features_are_to_be_unfolded_only_if_they_were_folded():
     y = torch.randint(0, CLASSES, (2, 5, 8, 8))
-    assert ask(y).endswith("got (2, 5, 8, 8). Pass one class index for each pixel.")
-    assert "Pass the features unfolded" in ask(y[:, :4], grid=(2 * 4, 4))  # of 2 x 4 x 4
+    assert "if they were folded; else one class index for each pixel." in ask(y)
 
 
 @pytest.mark.parametrize("made", [lambda f: torch.cat([f, f]), lambda f: f.repeat_interleave(2, 0)])
