@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from mvsc.classifier import widths
 from mvsc.equations import MVSCTerms
-from mvsc.finding import ClassifierNotFoundError, find_classifier, why_not_the_logits
+from mvsc.finding import (
+    ClassifierNotFoundError,
+    classes_second,
+    find_classifier,
+    sizes_of,
+    why_not_the_logits,
+)
 from mvsc.hosts import HOSTS
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.tap import ADDED, DATA_PARALLEL, PAST_THE_HOOKS, UNLABELLED, Hook, Tap
@@ -25,6 +31,9 @@ logger = logging.getLogger("mvsc")
 
 _IDLE_FORWARDS = 10
 """Forwards in which add_to_loss had nothing to add, from the first on, after which it says so."""
+
+_SIZES_COMPARED = 8
+"""Sizes of images at which it is seen whether the model pads."""
 
 
 def attach(
@@ -349,12 +358,14 @@ class _FirstForward:
     """A client of the tap that sees, in the first training forward, whether the pick is sound.
 
     What leaves the classifier has to be what the model returns, up to a resize, where it returns
-    logits at all. Costs one comparison.
+    logits at all. If so, each of the first sizes shows whether the model pads its images: those of
+    the first forward may need no padding. Costs one comparison for each of these sizes.
     """
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
         self.answer: Tensor | None = None
+        self.padded: dict[Any, tuple[tuple[int, ...], tuple[int, ...]] | None] = {}
 
     def open(self, model: nn.Module) -> None:
         classifier = cast(nn.Module, self.tap.classifier)
@@ -366,7 +377,8 @@ class _FirstForward:
 
     def _after_classifier(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling() and self.tap.listens(module):
-            self.answer = output.detach() if isinstance(output, Tensor) else None
+            tensor = isinstance(output, Tensor)
+            self.answer = classes_second(module, output.detach()) if tensor else None
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         answer, self.answer = self.answer, None
@@ -374,18 +386,28 @@ class _FirstForward:
             return
         if answer.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if self.tap.forwards != 1 or self.tap.replaced():
-            return  # The tap has better words for that.
+        if self.tap.forwards != 1:
+            return  # The tap has better words for that, and for another layer in its place.
+        self.tap.padded, found = None, None
+        try:
+            sizes = sizes_of(answer, output)
+            if sizes in self.padded or len(self.padded) == _SIZES_COMPARED:
+                self.tap.padded = self.padded.get(sizes)
+                return
+            if self.tap.replaced():
+                return
+            found = why_not_the_logits(answer, output)
+        except RuntimeError:  # Of tensors without values, or on which little is defined.
+            pass
+        if found is not None and not found[1]:
+            self.tap.padded = self.padded[sizes] = found[0]
+            return
         for handle in self.handles:
             handle.remove()
-        try:
-            self.tap.padded, reason = why_not_the_logits(answer, output)
-        except RuntimeError:  # Of tensors without values, or on which little is defined.
-            return
-        if reason:
+        if found is not None and not self.padded:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "
-                f"for this loss: {reason}"
+                f"for this loss: {found[1]}"
             )
 
 

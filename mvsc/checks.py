@@ -4,6 +4,7 @@ A check with one caller stands beside that caller. Inside, the code trusts its i
 """
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ def check_positive_int(name: str, value: object) -> None:
 def check_int(name: str, value: object) -> int:
     """Raise unless ``value`` is an int; return it."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {describe(value)}. Pass a whole number.")
+        # NumPy's are refused, too: the compiler would make tensors of them.
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        remedy = f"Use int({name})." if whole else "Pass a whole number."
+        raise TypeError(f"{name} must be an int, got {describe(value)}. {remedy}")
     return value
 
 
@@ -229,7 +233,11 @@ def _of_axes(ndim: int, channels_last: bool) -> str:
     """Say what to do with features that have none or too many spatial axes."""
     if ndim == 2:
         axis = 1 if channels_last else -1
-        return f"For one vector each use features.unsqueeze({axis}) and labels.unsqueeze(-1)."
+        return (
+            f"For a row of each pixel use features.unsqueeze({axis}) and "
+            "labels.flatten().unsqueeze(-1); in an attached model let the classifier read "
+            "(batch, height, width, dim)."
+        )
     if ndim > 5:
         # The first ones, so that labels on the grid of the features stay on it.
         first, more = 1 if channels_last else 2, ndim - 5

@@ -1,18 +1,21 @@
 """Finding the pixel classifier of a segmenter, or saying why none is certain."""
 
+import dataclasses
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 from mvsc.checks import on_grid
-from mvsc.classifier import TRANSPOSED, is_pixel_linear, widths
+from mvsc.classifier import TRANSPOSED, base_of, is_pixel_linear, reads_rows, widths
 from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal, refused_whole
 
 logger = logging.getLogger("mvsc")
@@ -27,6 +30,12 @@ _STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
 """Strides that models have."""
 
 _SINGLE = "gives one logit, which stands for two classes"
+
+_REARRANGED = (
+    "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle, a "
+    "reshape or a cut follows. Pass the features to MVSCRegularizer, with a callable that cuts as "
+    "the model does, or else with an auxiliary 1x1 classifier that has a cross-entropy of its own."
+)
 
 _LISTED = 12
 
@@ -57,7 +66,9 @@ def find_classifier(
     """
     if classifier is not None:
         named = _linear_inside(model, _path_of(model, classifier))
-        return named if example is None else _prove(model, named, example)
+        if _classifies_queries(model, named):
+            raise _not_found(model, {named: ""})
+        return _not_lazy(model, named) if example is None else _prove(model, named, example)
     hosts = _hosts(model)
     path = _path_in_host(model, *hosts[0]) if len(hosts) == 1 else None
     if example is not None:
@@ -76,30 +87,42 @@ def find_classifier(
         listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
         raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
-    if len(fit) != 1:
+    if len(fit) != 1 or _classifies_queries(model, fit[0]):
         why = f"one of {len(fit)} that could be it"
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
     logger.warning("took %r, the only candidate, for the classifier; example= proves it", fit[0])
-    return fit[0]
+    return _not_lazy(model, fit[0])
+
+
+def _not_lazy(model: nn.Module, path: str) -> str:
+    if any(map(is_lazy, model.get_submodule(path).parameters())):
+        raise ValueError(
+            f"classifier must know its sizes, got {path!r}, which is lazy and was not called. "
+            "Run one forward first, or pass example=images."
+        )
+    return path
 
 
 def _path_of(model: nn.Module, classifier: str | nn.Module) -> str:
-    paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
+    # A module that stands in several places has a name in each.
+    named: list[tuple[str, nn.Module]] = [*model.named_modules(remove_duplicate=False)]
+    paths = dict.fromkeys(path for path, _ in named)
     if not isinstance(classifier, str | nn.Module):
         raise TypeError(
             f"classifier must be a module of the model or its path, got {classifier!r}. "
             "Pass for example 'decode_head.classifier'."
         )
     if isinstance(classifier, nn.Module):
-        if classifier not in paths:
-            raise ValueError(
-                "classifier must be a module of the model, got a "
-                f"{type(classifier).__name__} outside of it. Pass one that the model calls."
-            )
-        return paths[classifier]
-    if classifier in paths.values():
+        for path, module in named:
+            if module is classifier:
+                return path
+        raise ValueError(
+            "classifier must be a module of the model, got a "
+            f"{type(classifier).__name__} outside of it. Pass one that the model calls."
+        )
+    if classifier in paths:
         return classifier
-    near = difflib.get_close_matches(classifier, paths.values(), n=5, cutoff=0.4)
+    near = difflib.get_close_matches(classifier, paths, n=5, cutoff=0.4)
     there = near or [name for name, _ in _linear_layers(model)][-_LISTED:]
     raise ClassifierNotFoundError(
         f"classifier must be the path of a module of {type(model).__name__}, got {classifier!r}. "
@@ -249,15 +272,15 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     classes = {logits.shape[1], logits.shape[-1]}
     wide = [name for name, layer in _linear_layers(model) if _width_given(layer) in classes]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
-    reasons = {name: _difference(outputs.get(name, []), logits) for name in names}
-    refused = refusal(model)
+    answers = {name: outputs.get(model.get_submodule(name), []) for name in names}
+    reasons = {name: _difference(answers[name], logits) for name in names}
     for name in names:
         # DETR's logits are those of its queries: proved, and yet no pixel's.
-        if refused and (name.split(".")[-1] in refused.modules or refused_whole(model)):
+        if _classifies_queries(model, name) or refused_whole(model):
             reasons[name] = reasons[name] or "not the last layer"
     rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
-        if any(not _difference(outputs.get(path, []), part) for part in rivals):
+        if any(not _difference(answers[path], part) for part in rivals):
             return path
     elif path is None and rivals:
         reasons = {
@@ -284,18 +307,20 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], list[Tensor], bool]:
+def _run(
+    model: nn.Module, example: Any
+) -> tuple[dict[nn.Module, list[Tensor]], list[Tensor], bool]:
     """Run one forward that leaves no trace.
 
     Returns:
-        Each linear layer's outputs, what may be logits, and whether these are parts of a list.
+        Each linear layer's answers, what may be logits, and whether these are parts of a list.
     """
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[nn.Module, list[Tensor]] = {}
 
-    def note(path: str) -> Callable[..., None]:
-        return lambda module, args, output: outputs.setdefault(path, []).append(output)
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs.setdefault(module, []).append(classes_second(module, output))
 
-    handles = [layer.register_forward_hook(note(path)) for path, layer in _linear_layers(model)]
+    handles = [layer.register_forward_hook(note) for _, layer in _linear_layers(model)]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         with torch.random.fork_rng(list(devices)), torch.no_grad(), _evaluating(model):
@@ -324,24 +349,45 @@ def _run(model: nn.Module, example: Any) -> tuple[dict[str, list[Tensor]], list[
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and its state dict back in the end.
+
+    Counters, and the observers of quantisation-aware training, move in evaluation mode too.
+    """
     modes = {module: module.training for module in model.modules()}
+    # Exchanged, not written back; of a tensor with two names there is one copy. What is not in
+    # the state dict may be a cache, whose size a module keeps elsewhere.
+    kept = [
+        (module, name, buffer)
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    copies = {buffer: buffer.clone() for _, _, buffer in kept if not is_lazy(buffer)}
+    for module, name, buffer in kept:
+        module._buffers[name] = copies.get(buffer, buffer)
     model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer
 
 
-def _difference(outputs: list[Tensor], logits: Tensor) -> str:
-    """Say why the outputs of a layer are not the logits; '' if they are, up to a resize."""
-    if len(outputs) != 1:
-        return f"called {len(outputs)} times in one forward"
-    answers, maps = _readings(outputs[0], logits)
-    pairs = [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
+def classes_second(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return the output of a linear layer as ``(batch, classes, *spatial)``, a view."""
+    return output.movedim(-1, 1) if reads_rows(layer) and output.ndim > 2 else output
+
+
+def _difference(answers: list[Tensor], logits: Tensor) -> str:
+    """Say why the answers of a layer are not the logits; '' if they are, up to a resize."""
+    if len(answers) != 1:
+        return f"called {len(answers)} times in one forward"
+    pairs = _pairs(answers[0], logits)
     if not pairs:
-        return f"gives {tuple(outputs[0].shape)}, the logits are {tuple(logits.shape)}"
-    if any(_distance(a, b) <= _SAME for a, b in pairs):
+        return f"gives {tuple(answers[0].shape)}, the logits are {tuple(logits.shape)}"
+    if any(_is_resized(a, b) for a, b in pairs):
         return ""
     cropped = any(_padded_by(a, b) is not None for a, b in pairs)
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
@@ -349,38 +395,46 @@ def _difference(outputs: list[Tensor], logits: Tensor) -> str:
 
 def why_not_the_logits(
     answer: Tensor, output: Any
-) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, str]:
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, str] | None:
     """Say why a classifier's answer is not what the model returns.
 
     Args:
-        answer: what left the classifier in a forward, in training mode or not.
-        output: what left the model: a tensor, or tensors in lists and mappings.
+        answer: what left the classifier in a forward, in training mode or not; classes second.
+        output: what left the model: a tensor, or tensors in lists, mappings and data classes.
 
     Returns:
         ``(padded, reason)``. The size that the model pads its images to and that of the logits,
-        if it crops these; else None. And the reason, '' if there is none: the answer, resized, is
-        what is returned, or nothing that is returned has its batch, classes and axes.
+        if it crops these; else None. And the reason, '' if the answer, resized, is what is
+        returned. None if that is open: nothing that is returned has its batch, classes and axes,
+        or an activation made it.
     """
-    pairs = []
-    for logits in _tensors(output):
-        answers, maps = _readings(answer, logits)
-        pairs += [(a, b) for a in answers for b in maps if a.shape[:2] == b.shape[:2]]
+    maps = [each for each in _tensors(output) if each.ndim > 2 and len(each) == len(answer)]
+    pairs = [pair for each in _tensors(output) for pair in _pairs(answer, each)]
     # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
     first = [(a[:1], b[:1]) for a, b in pairs]
-    if not pairs or any(_distance(a, b) <= _SAME for a, b in first):
+    if not pairs:
+        parts = [each for each in maps if _is_rearranged(answer[:1], each[:1])]
+        return (None, _REARRANGED.format(answer.shape[1], parts[0].shape[1])) if parts else None
+    exact = [_without_softmax(a, b) for a, b in first]
+    if any(_is_resized(a, b) for a, b in exact):
         return None, ""
-    for a, b in first:
+    for a, b in exact:
         if (padded := _padded_by(a, b)) is not None:
             return (padded, tuple(b.shape[2:])), ""
     finite = all(bool(each.isfinite().all()) for each in first[0])
     if not finite or any(_alike(a, b) for a, b in first):
-        return None, ""
+        return None
     a, b = pairs[0]
     return None, (
         f"it gives {tuple(a.shape)} and the model returns {tuple(b.shape)}, which is not a resize "
         "of that: a residual or a layer with weights follows. Name the last linear layer "
         "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer."
     )
+
+
+def sizes_of(answer: Tensor, output: Any) -> tuple[torch.Size, ...]:
+    """Return the sizes on which it depends whether a model pads; no values are read."""
+    return answer.shape[2:], *(each.shape[2:] for each in _tensors(output))
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -391,56 +445,74 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield output.detach()
             if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
                 yield from output.detach().unbind(1)
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from _tensors(value)
+        return
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif isinstance(output, SimpleNamespace):
+        output = vars(output).values()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        output = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    elif not isinstance(output, tuple | list):
+        return
+    for value in output:
+        yield from _tensors(value)
 
 
-def _readings(answer: Tensor, logits: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Read answer and logits with classes second or last, tokens unfolded to the logits' grid.
+def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Read an answer as the logits, whose classes are second or last; all that fits its classes.
 
-    Of two dates the logits may be stacked, or belong to the first half of the answer.
+    Tokens are unfolded to the logits' grid. Of two dates the logits may be stacked, or belong to
+    the first half of the answer.
     """
     if logits.ndim == answer.ndim + 1 and answer.shape[0] == logits.shape[:2].numel():
         logits = logits.flatten(0, 1)
     elif logits.ndim == answer.ndim and answer.shape[0] == 2 * logits.shape[0]:
         answer = answer[: logits.shape[0]]
-    maps = [logits, logits.movedim(-1, 1)] if logits.ndim > 2 else []
-    answers = [answer, answer.movedim(-1, 1)] if answer.ndim > 2 else []
-    if answer.ndim == 3 and logits.ndim > 3:
-        unfolded = []
-        for each in answers:
-            for size in {tuple(m.shape[2:]) for m in maps}:
-                try:
-                    unfolded.append(on_grid(each, size, None))
-                except ValueError:
-                    continue
-        answers = unfolded
-    answers = [each for each in answers if 3 <= each.ndim <= 5]
-    return answers, [each for each in maps if any(each.ndim == a.ndim for a in answers)]
+    if not (3 <= answer.ndim <= 5 and 3 <= logits.ndim <= 5):
+        return []
+    pairs = []
+    for each in (logits, logits.movedim(-1, 1)):
+        if each.shape[:2] != answer.shape[:2]:
+            continue
+        try:
+            unfolded = on_grid(answer, tuple(each.shape[2:]), None)
+        except ValueError:
+            continue
+        if unfolded.ndim == each.ndim:
+            pairs.append((unfolded, each))
+    return pairs
+
+
+def _without_softmax(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Make logits of probabilities, or of their logarithms, and an answer to compare with these.
+
+    A softmax forgets the mean over the classes; a linear resize keeps it apart.
+    """
+    for logs in (logits.clamp_min(1e-30).log(), logits):
+        if answer.shape[1] > 1 and bool(((logs.exp().sum(1) - 1).abs() < 1e-2).all()):
+            return answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True)
+    return answer, logits
 
 
 _RESIZES: dict[int, list[dict[str, Any]]] = {
-    axes: [{"mode": mode, "align_corners": corners} for corners in (False, True)]
-    + [{"mode": "nearest"}, {"mode": "nearest-exact"}]
-    for axes, mode in ((1, "linear"), (2, "bilinear"), (3, "trilinear"))
+    axes: [
+        *({"mode": modes[0], "align_corners": corners} for corners in (False, True)),
+        *({"mode": mode} for mode in ("nearest", "nearest-exact")),
+        *({"mode": mode, "align_corners": c} for mode in modes[1:] for c in (False, True)),
+    ]
+    for axes, modes in ((1, ["linear"]), (2, ["bilinear", "bicubic"]), (3, ["trilinear"]))
 }
 
 
-def _distance(answer: Tensor, logits: Tensor) -> float:
-    """Return the least distance of a resized answer to the logits, over their length."""
+def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> bool:
+    """Return whether logits are a resized answer, up to a share of their length."""
     # The tolerance is relative: at random weights all logits of some models are tiny.
     answer, logits = answer.double(), logits.double()
-    if answer.ndim != logits.ndim:
-        return float("inf")
-    resizes = _RESIZES[answer.ndim - 2] if answer.shape != logits.shape else [None]
-    return min(
-        _relative(answer if way is None else F.interpolate(answer, logits.shape[2:], **way), logits)
-        for way in resizes
-    )
+    if answer.shape == logits.shape:
+        return _relative(answer, logits) <= tolerance
+    ways = _RESIZES[answer.ndim - 2]
+    size = logits.shape[2:]
+    return any(_relative(F.interpolate(answer, size, **way), logits) <= tolerance for way in ways)
 
 
 def _relative(answer: Tensor, logits: Tensor) -> float:
@@ -451,12 +523,20 @@ def _alike(answer: Tensor, logits: Tensor) -> bool:
     """Return whether logits, or what an activation made of them, are a resized answer."""
     answer = answer.double()
     for activation in (answer, answer.softmax(1), answer.sigmoid(), answer.log_softmax(1)):
-        if _distance(activation, logits) <= _ALIKE:
+        if _is_resized(activation, logits, _ALIKE):
             return True
-    if answer.ndim != logits.ndim or answer.shape[1] == 1:
+    if answer.shape[1] == 1:
         return False
     resized = F.interpolate(answer, logits.shape[2:], mode="nearest-exact")
     return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
+
+
+def _is_rearranged(answer: Tensor, output: Tensor) -> bool:
+    """Return whether an output holds nothing but most values of an answer, in other classes."""
+    classes = answer.shape[1]
+    if classes == 1 or classes in output.shape[1:] or 2 * output.numel() <= answer.numel():
+        return False
+    return bool(torch.isin(output, answer).all())
 
 
 def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
@@ -464,8 +544,6 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
 
     None if it was not.
     """
-    if answer.ndim != logits.ndim:
-        return None
     answer, logits, size = answer.double(), logits.double(), logits.shape[2:]
     for stride in _strides(answer.shape[2:], size):
         padded = tuple(stride * n for n in answer.shape[2:])
@@ -473,10 +551,10 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
             continue
         for way in _RESIZES[answer.ndim - 2]:
             whole = F.interpolate(answer, padded, **way)
-            for share in (0, 2):  # padded at the end alone, or on both sides
+            for halves in (0, 1, 2):  # padded at the end, on both sides, at the beginning
                 part = whole
                 for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
-                    part = part.narrow(axis, (big - n) // share if share else 0, n)
+                    part = part.narrow(axis, (big - n) * halves // 2, n)
                 if _relative(part, logits) <= _SAME:
                     return padded
     return None
@@ -486,6 +564,13 @@ def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
     """Return by how much an answer may have been enlarged, before it was cropped to logits."""
     least = max(-(-big // small) for small, big in zip(answer, logits, strict=True))
     return [least, *(n for n in _STRIDES if least < n <= 2 * least)]
+
+
+def _classifies_queries(model: nn.Module, path: str) -> bool:
+    """Return whether a layer's name is that of a query classifier, and no map can enter it."""
+    refused, layer = refusal(model), base_of(model.get_submodule(path))
+    maps = isinstance(layer, nn.Conv2d | nn.Conv3d)
+    return refused is not None and not maps and not refused.modules.isdisjoint(path.split("."))
 
 
 def _not_found(
@@ -503,7 +588,7 @@ def _not_found(
         kind = type(layer).__name__
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             kind += f" {'x'.join(map(str, layer.kernel_size))}"
-        if refused is not None and path.split(".")[-1] in refused.modules:
+        if _classifies_queries(model, path):
             reason = "classifies queries, not pixels"
         lines.append(f"  {path}: {kind}, {_width_read(layer)} -> {_width_given(layer)}: {reason}")
     if not candidates:

@@ -26,6 +26,8 @@ def check_labels(
     if not isinstance(labels, Tensor):
         array = isinstance(labels, list | tuple) or hasattr(labels, "__array__")
         remedy = "Use torch.as_tensor(labels)." if array else "Pass the label map of the batch."
+        if isinstance(labels, list | tuple) and any(isinstance(each, Tensor) for each in labels):
+            remedy = "Use torch.stack(labels) for the maps of several images of one size."
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {describe(labels)}. {remedy}"
         )
@@ -47,7 +49,10 @@ def check_labels(
         )
     if features is not None and labels.shape[0] != features.shape[0]:
         times, rest = divmod(features.shape[0], max(labels.shape[0], 1))
-        again = f", or torch.cat([labels] * {times}) if the model answers {times} times for each"
+        again = (
+            f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they come "
+            f"one after the other, torch.cat([labels] * {times}) if the whole batch comes again"
+        )
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
             f"got {labels.shape[0]}. Pass the labels of the same images"
@@ -130,7 +135,10 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
     if features is not None and labels.ndim == axes and shape[0] == features.shape[0]:
         return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."
     if features is not None and labels.ndim - 1 > axes:
-        return "Pass the features unfolded, with the axes of the labels."
+        return (
+            "Pass the features unfolded, with the axes of the labels, if they were folded; else "
+            "one class index for each pixel."
+        )
     return "Pass one class index for each pixel."
 
 
@@ -144,10 +152,11 @@ def _of_tokens(pixels: int, size: tuple[int, ...], tokens: bool | None) -> str:
 
 
 def _may_be_indices(labels: Tensor) -> bool:
-    """Return whether labels are integers that are more than a mask."""
+    """Return whether labels are integers that are more than a mask, of 0 and 1 or of 0 and 255."""
     if not is_integer(labels) or labels.is_meta or not labels.numel():
         return False
-    return bool((labels.long() > 1).any())
+    labels = labels.long()
+    return bool((labels > 1).any() and ((labels != 0) & (labels != 255)).any())
 
 
 def _of_values(labels: Tensor, name: str) -> str:
@@ -182,6 +191,8 @@ def _of_channels(labels: Tensor) -> str:
     if labels.is_meta or not labels.numel():
         return "Pass one class index for each pixel."
     values = labels.double()
+    if bool(((values == 0) | (values == 255)).all()):
+        values = values / 255
     if not (values.min() >= 0 and values.max() <= 1):  # or not a number
         return (
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "

@@ -18,10 +18,10 @@ _STEPS_CHECKED_ON_DEVICE = 3
 """Steps in which labels on a device are read back and checked in full."""
 
 _STEPS_CHECKED_FOR_LOSS = 10
-"""Steps in which it is seen whether labels reach the feature grid at all."""
+"""Steps with labels in which it is seen whether these reach the feature grid at all."""
 
 _FEW = 8
-"""Rows or columns of a feature map below which sizes and labels show nothing."""
+"""Rows or columns of a feature map below which sizes show nothing, and labels little."""
 
 _IDLE_STEPS = 100
 """Steps without a change after which the centroids count as forgotten by the optimizer."""
@@ -56,6 +56,7 @@ class Watch:
         self.checks_left = _STEPS_CHECKED_ON_DEVICE
         self.loss_checks_left = _STEPS_CHECKED_FOR_LOSS
         self.masks_left = _STEPS_CHECKED_ON_DEVICE
+        self.lost_in_a_row = 0
         self.said: set[str] = set()
         self.idle_steps, self.version_seen = 0, 0
         self.values_seen: Tensor | None = None
@@ -95,7 +96,7 @@ class Watch:
                 "the model pads its images and crops its logits, so labels of "
                 f"{describe_sizes(labels)} are stretched over images of {describe_sizes(padded)}. "
                 "Pad the labels with ignore_index to that size, in the same way: "
-                "F.pad(labels, (0, right, 0, bottom), value=ignore_index).",
+                "F.pad(labels, (left, right, top, bottom), value=ignore_index).",
             )
 
     def notice_sizes(self, features: tuple[int, ...], labels: tuple[int, ...]) -> None:
@@ -118,12 +119,18 @@ class Watch:
 
         Reads values, which have been read anyway to be checked.
         """
-        self.loss_checks_left -= 1
+        if self.loss_checks_left == 0:
+            return
         labelled = labels.long() != ignore_index
-        if self.loss_checks_left < 0 or min(size) < _FEW or not bool(labelled.any()):
+        if not bool(labelled.any()):
             return
+        self.loss_checks_left -= 1
         if bool((labels_on_grid(labels, size, num_classes, ignore_index) < num_classes).any()):
+            self.lost_in_a_row = 0
             return
+        self.lost_in_a_row += 1
+        if min(size) < _FEW and self.lost_in_a_row < _STEPS_CHECKED_ON_DEVICE:
+            return  # In a small map a single batch may lose its labels by chance.
         self.say(
             "lost",
             f"labels hold {int(labelled.sum())} labelled pixels, and none of "

@@ -139,8 +139,8 @@ BUGS = [
     ("tap", "gc.collect()  # A Trainer", "pass  # A Trainer", "a regularizer in cycles holds its place for ever"),
     ("attach", "_options_of_config(model, path) | options", "options | _options_of_config(model, path)", "the config beats the user's option"),
     ("attach", "regularizer.to(device)", "regularizer", "the regularizer stays on the CPU"),
-    ("finding", "    if len(fit) != 1:", "    if not fit:", "the first of several candidates is guessed"),
-    ("finding", '    if any(_distance(a, b) <= _SAME for a, b in pairs):\n        return ""', '    if pairs:\n        return ""', "any layer of the right shape is proven"),
+    ("finding", "    if len(fit) != 1 or _classifies_queries(model, fit[0]):", "    if not fit:", "the first of several candidates is guessed"),
+    ("finding", '    if any(_is_resized(a, b) for a, b in pairs):\n        return ""', '    if pairs:\n        return ""', "any layer of the right shape is proven"),
     ("finding", "            if part in path.lower():", "            if False:", "an auxiliary head may be the classifier"),
     ("finding", "            module.training = training\n", "            pass\n", "the example leaves the model in evaluation mode"),
     ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
@@ -201,7 +201,7 @@ BUGS = [
     ("tap", "            self.seen = None  # Not a map", "            pass  # Not a map", "the features outlive the next forward's begin"),
     ("tap", "return seen.movedim(-1, 1) if reads_rows(self.classifier) else seen", "return seen", "features of a Linear are looked at channels last"),
     ("attach", "        if output is None or labels is None:", "        if output is None and labels is None:", "a forward without labels, or one that failed, is a step"),
-    ("attach", "        if reason:\n", "        if False:\n", "a residual head goes unnoticed"),
+    ("attach", "        if found is not None and not self.padded:\n", "        if False:\n", "a residual head goes unnoticed"),
     ("attach", "        except RuntimeError:  # Of tensors", "        except ZeroDivisionError:  # Of tensors", "the first forward's check ends a forward"),
     ("finding", "[(a[:1], b[:1]) for a, b in pairs]", "pairs", "the first forward's check needs the memory of a batch"),
     ("finding", "*(n for n in _STRIDES if least < n <= 2 * least)", "", "only padding by less than a stride is found"),
@@ -210,6 +210,11 @@ BUGS = [
     ("hosts", 'library = type(module).__module__.partition(".")[0]', 'library = "transformers"', "a model of the user's is refused as one of transformers"),
     ("integrations/transformers", "            share /= getattr(trainer,", "            getattr(trainer,", "the weight grows with the parts of an accumulated batch"),
     ("integrations/transformers", "            share /= trainer.accelerator.num_processes // copies", "            pass", "the weight grows where a Trainer multiplies its loss"),
+    ("finding", "copies.get(buffer, buffer)", "buffer", "the example moves counters and observers"),
+    ("finding", "for halves in (0, 1, 2):", "for halves in (0, 1):", "padding at the beginning goes unnoticed"),
+    ("finding", "logs - logs.mean(1, keepdim=True)", "logs", "padding behind a softmax goes unnoticed"),
+    ("attach", "if sizes in self.padded or", "if self.padded or", "padding is looked for at the first size alone"),
+    ("watch", "            self.lost_in_a_row = 0\n            return", "            return", "a small map that loses labels now and then is warned of"),
 ]  # fmt: skip
 
 

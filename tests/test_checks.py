@@ -22,9 +22,13 @@ def test_sizes_are_positive_whole_numbers(name):
     for value in (0, -3):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
             MVSCRegularizer(**{**sizes, name: value})
-    for value in (2.0, "4", None, True, np.float64(3)):
+    for value in (2.0, "4", None, True, np.float64(3), np.bool_(True)):
         with pytest.raises(TypeError, match=f"{name} must be an int, got .*whole number"):
             MVSCRegularizer(**{**sizes, name: value})
+    with pytest.raises(
+        TypeError, match=rf"{name} must be an int, got int64.*\. Use int\({name}\)\."
+    ):
+        MVSCRegularizer(**{**sizes, name: np.int64(3)})
 
 
 def test_one_class_is_refused_since_nothing_would_be_learned():

@@ -253,6 +253,8 @@ def test_a_number_may_be_part_of_a_name(folder):
     [
         ("1: sky\n2: road\n3: car", "in the order of their indices, 0 first, got .* 1, 2, 3"),
         ("0: sky\n1: road\n255: void", "0, 1, 255 .* give unlabelled pixels 255"),
+        ("\n".join(f"class {n}" for n in range(300)), "300 names.* no more than 255"),
+        ("sky\nroad\nsky", "3 lines with 2 names. Name every class once"),
         ("name\nsky\nroad", "got the line 'name' first, which looks like a header"),
     ],
 )

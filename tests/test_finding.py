@@ -60,6 +60,33 @@ def test_a_classifier_with_a_parametrization_is_one(images, labels):
             assert reg(labels).item() > 0
 
 
+def test_a_classifier_that_stands_in_two_places_has_two_names(images, labels):
+    model = Net()
+    model.heads = nn.ModuleDict({"coarse": nn.Conv2d(DIM, 3, 1), "fine": model.classifier})
+    for name in ("classifier", "heads.fine"):
+        for example in (None, images):
+            with attach(model, classifier=name, example=example) as reg:
+                assert reg.classifier_path == name
+                model(images)
+                assert reg(labels).item() > 0
+    assert attach(model, classifier=model.heads["fine"]).classifier_path == "classifier"
+
+
+def test_a_lazy_classifier_is_found_by_an_example_or_after_a_forward(images):
+    def lazy() -> nn.Module:
+        layers = [nn.Conv2d(3, DIM, 1), nn.LazyBatchNorm2d(), nn.LazyConv2d(CLASSES, 1)]
+        return nn.Sequential(*layers)
+
+    for model, name in ((lazy(), "2"), (nn.Sequential(nn.LazyConv2d(CLASSES, 1)), None)):
+        with pytest.raises(ValueError, match="lazy and was not called. Run one .* example=images"):
+            attach(model, classifier=name)
+    for name in (None, "2"):
+        assert attach(lazy(), classifier=name, example=images).regularizer.dim == DIM
+    model = lazy()
+    model(images)
+    assert attach(model, classifier="2").regularizer.dim == DIM
+
+
 def test_a_named_module_without_one_linear_layer_raises():
     with pytest.raises(
         ValueError, match=r"or hold just one, got Sequential 'encoder' with.*0 \(Conv"
@@ -180,6 +207,43 @@ def test_an_example_leaves_modes_statistics_and_hooks_as_they_were(images):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_an_example_leaves_what_moves_in_evaluation_mode_as_it_was(images):
+    class Counted(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("calls", "grown"):
+                self.register_buffer(name, torch.zeros(1))
+            self.encoder.register_buffer("same", self.calls)  # the same tensor, twice
+            self.register_buffer("cache", None, persistent=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            assert_close(self.encoder.same, self.calls, rtol=0, atol=0)
+            self.grown.resize_(3).fill_(7)  # as observers of quantisation-aware training do
+            self.cache = torch.zeros(2)
+            return super().forward(images)
+
+    model = Counted()
+    before, calls = copy.deepcopy(model.state_dict()), model.calls
+    attach(model, example=images).detach()
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model.calls is calls
+    assert model.cache.shape == (2,)  # and what is no state stays consistent
+    with pytest.raises(TypeError):
+        attach(model, example=[images, images])
+    assert model.calls is calls
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_example_leaves_the_observers_of_quantisation_aware_training_as_they_were(images):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 3), nn.ReLU(), nn.Conv2d(DIM, CLASSES, 1))
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    model = torch.ao.quantization.prepare_qat(model.train())
+    before = copy.deepcopy(model.state_dict())
+    attach(model, example=images).detach()
+    assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_classifier_is_named_by_a_module_or_a_path():
     with pytest.raises(TypeError, match="a module of the model or its path, got 2"):
         attach(Net(), classifier=2)
@@ -289,6 +353,41 @@ def test_a_head_of_ones_own_on_a_model_of_transformers_is_found():
         sam = hf.Sam2Model(hf.Sam2Config())
         model = nn.ModuleDict({"sam": sam, "head": nn.Conv2d(256, CLASSES, 1)})
         assert attach(model).classifier_path == "head"
+
+
+class Queries(nn.Module):
+    """Nine queries with their classes and masks, as MaskFormer and its kin have."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.pixels, self.queries = nn.Conv2d(3, DIM, 4, 4), nn.Parameter(torch.randn(9, DIM))
+        self.class_predictor = nn.ModuleList([classifier])
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        pixels = self.pixels(images)
+        queries = self.queries + pixels.mean((2, 3))[:, None]
+        rows = isinstance(self.class_predictor[0], nn.Linear)
+        classes = self.class_predictor[0](queries if rows else queries.mT)
+        masks = torch.einsum("bqd,bdhw->bqhw", queries, pixels)
+        return {"logits": classes if rows else classes.mT, "masks": masks}
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(DIM, 6), nn.Conv1d(DIM, 6, 1)])
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("proved", [False, True])
+def test_a_classifier_of_queries_is_refused_also_by_name(images, layer, named, proved):
+    options = {"classifier": "class_predictor"} if named else {}
+    options |= {"example": images} if proved else {}
+    with pytest.raises(ClassifierNotFoundError, match="queries, not pixels\n.*auxiliary 1x1"):
+        attach(Queries(layer), **options)
+
+
+def test_a_classifier_of_maps_may_have_the_name_of_one_of_queries(images):
+    layers = OrderedDict(encoder=nn.Conv2d(3, DIM, 1), class_predictor=nn.Conv2d(DIM, CLASSES, 1))
+    model = nn.Sequential(layers)
+    for options in ({}, {"classifier": "class_predictor"}, {"example": images}):
+        with attach(model, **options) as reg:
+            assert reg.classifier_path == "class_predictor"
 
 
 # PEFT.

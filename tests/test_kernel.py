@@ -249,6 +249,11 @@ def test_func_transforms_agree_with_autograd():
     leaf = features.clone().requires_grad_()
     sum(loss(each) for each in leaf).backward()
     assert_close(torch.func.vmap(torch.func.grad(loss))(features), leaf.grad)
+    jacobian = torch.func.jacrev(lambda each: segment_mean(each, cells, 3)[0])(features[0])
+    expected = torch.autograd.functional.jacobian(
+        lambda each: segment_mean(each, cells, 3)[0], features[0]
+    )
+    assert_close(jacobian, expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
 
@@ -100,6 +101,10 @@ FORMS = {
     "probabilities, half": lambda y: (F.one_hot(y, CLASSES).movedim(-1, 1) * 0.6 + 0.1).half(),
     "an array": lambda y: y.numpy(),
     "a list": lambda y: y.tolist(),
+    "a list of maps": lambda y: list(y),
+    "a tuple of float maps": lambda y: tuple(y.float()),
+    "one-hot first, 0 and 255": lambda y: F.one_hot(y, CLASSES).movedim(-1, 1).byte() * 255,
+    "one-hot last, 0 and 255": lambda y: F.one_hot(y, CLASSES).float() * 255,
     "(B, N)": lambda y: y.flatten(1),
     "(B, N) float": lambda y: y.flatten(1).float(),
 }
@@ -214,6 +219,39 @@ def test_many_classes_that_totensor_scaled_come_back_as_they_were(dtype):
     y = right(classes=150)
     (end,) = follow((y / 255).to(dtype), classes=150)
     assert torch.equal(end, y)
+
+
+def test_features_are_to_be_unfolded_only_if_they_were_folded():
+    y = torch.randint(0, CLASSES, (2, 5, 8, 8))
+    assert "if they were folded; else one class index for each pixel." in ask(y)
+
+
+@pytest.mark.parametrize("made", [lambda f: torch.cat([f, f]), lambda f: f.repeat_interleave(2, 0)])
+def test_labels_of_views_are_repeated_as_the_views_are(made):
+    order = made(torch.arange(2)).tolist()
+    y = right()
+    ends = follow(y, batch=4)
+    assert sum(torch.equal(end, y[order]) for end in ends) == 1
+    message = ask(y, batch=4)
+    assert "repeat_interleave(2, 0) if they come one after the other, torch.cat" in message
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(DIM, CLASSES), nn.Conv1d(DIM, CLASSES, 1)])
+def test_rows_of_pixels_are_one_place_each_as_the_error_says(layer):
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    maps, labels = torch.randn(2, DIM, 4, 6), right(size=(4, 6))
+    features = maps.movedim(1, -1).reshape(-1, DIM)
+    with pytest.raises(ValueError, match="For a row of each pixel use") as error:
+        reg.terms(features, labels, layer)
+    names = {"features": features, "labels": labels}
+    told = [
+        eval(each, names)
+        for each in re.findall(
+            r"(?:features|labels)\.[a-z.]+\(.*?\)(?:\.\w+\(-1\))?", str(error.value)
+        )
+    ]
+    same = MVSCRegularizer(CLASSES, DIM, 1).terms(maps, labels, nn.Conv2d(DIM, CLASSES, 1))
+    assert_close(reg.terms(*told, layer).align, same.align)
 
 
 # Which label means unlabelled.

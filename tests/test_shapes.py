@@ -488,7 +488,7 @@ BAD = {
         head(1),
         {},
         ["one to three spatial axes", "(2, 3)"],
-        {"features": "features.unsqueeze(-1)", "labels": "labels.unsqueeze(-1)"},
+        {"features": "features.unsqueeze(-1)", "labels": "labels.flatten().unsqueeze(-1)"},
     ),
     "no axis, Linear": (
         maps(DIM),
@@ -496,7 +496,7 @@ BAD = {
         nn.Linear(DIM, CLASSES),
         {},
         ["one to three spatial axes", "(2, 3)"],
-        {"features": "features.unsqueeze(1)", "labels": "labels.unsqueeze(-1)"},
+        {"features": "features.unsqueeze(1)", "labels": "labels.flatten().unsqueeze(-1)"},
     ),
     "four axes": (
         maps(DIM, 2, 3, 4, 5),

@@ -327,7 +327,11 @@ def upsampled(mode: str, **options: object):
         lambda z: (z, z.mean((2, 3))),
         lambda z: {"out": z, "aux": torch.randn_like(z)},
         lambda z: {"loss": z.mean()},
-        lambda z: SimpleNamespace(logits=torch.randn_like(z)),
+        lambda z: {"loss": z.mean(), "edges": z.mean(1, keepdim=True)},
+        lambda z: {"loss": z.mean(), "edges": z.amax(1, keepdim=True)},
+        lambda z: {"loss": z.mean(), "sure": z.amax(1)},
+        lambda z: z.flatten(1),
+        lambda z: SimpleNamespace(logits=z, features=None),
         lambda z: [torch.randn_like(z[..., ::2, ::2]), z],
         lambda z: [z, F.interpolate(torch.randn_like(z), scale_factor=0.5)],
         lambda z: torch.stack([z, torch.randn_like(z)], dim=1),
@@ -350,6 +354,18 @@ def test_what_follows_without_weights_is_quiet(images, after):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "You are using.*antialias")
+        model(images)
+
+
+@pytest.mark.parametrize(
+    ("after", "classes"),
+    [(nn.PixelShuffle(2), 4), (lambda z: z[:, 1:], 15), (lambda z: z.unflatten(1, (2, 8)), 2)],
+    ids=["shuffle", "cut", "reshape"],
+)
+def test_an_answer_that_is_returned_in_other_classes_is_doubted(images, after, classes):
+    model = After(after, classes=16)
+    attach(model, classifier="classifier")
+    with pytest.warns(UserWarning, match=rf"gives 16 classes.*as maps of {classes}: a PixelSh"):
         model(images)
 
 
@@ -406,16 +422,19 @@ def test_the_doubt_costs_the_memory_of_one_image_only(images):
     assert 0 < peak.largest <= logits[:5].numel()
 
 
-def test_the_check_of_the_first_forward_leaves_no_hook_and_no_copy_of_the_answer(images):
-    model = After(lambda z: z)
+@pytest.mark.parametrize(("after", "kept"), [(lambda z: z, 2), (torch.sigmoid, 0)])
+def test_the_check_of_the_forwards_keeps_no_copy_of_the_answer_nor_hooks_in_vain(
+    images, after, kept
+):
+    model = After(after)
     reg = attach(model)
     hooks = len(model.classifier._forward_hooks), len(model._forward_hooks)
     answer = []
     model.classifier.register_forward_hook(lambda m, args, out: answer.append(weakref.ref(out)))
     logits = model(images)
     assert hooks == (1, 2)
-    assert len(model.classifier._forward_hooks) == 1  # that of this test
-    assert len(model._forward_hooks) == 1  # that of the tap
+    left = len(model.classifier._forward_hooks) + len(model._forward_hooks)
+    assert left == 2 + kept  # that of this test, and that of the tap
     del logits
     reg.discard()
     gc.collect()

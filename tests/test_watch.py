@@ -1,7 +1,10 @@
 """What a training loop may get wrong without an error: said once, and only where it is so."""
 
 import copy
+import dataclasses
+import importlib
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from mvsc import MVSCRegularizer
 from mvsc.attach import attach
 from mvsc.sampling import labels_on_grid
 
+# The package has a function of the module's name.
+attaching = importlib.import_module("mvsc.attach")
 CLASSES, DIM = 4, 8
 
 
@@ -20,15 +25,26 @@ CLASSES, DIM = 4, 8
 
 
 class Padding(nn.Module):
-    """Pads to a multiple, at the end or on both sides, and crops the resized logits."""
+    """Pads to a multiple, at the end or elsewhere, and crops the resized logits."""
 
-    def __init__(self, to=32, stride=4, both=False, pad="constant", square=False, **resize):
+    def __init__(
+        self,
+        to=32,
+        stride=4,
+        both=False,
+        pad="constant",
+        square=False,
+        first=False,
+        after=lambda logits: logits,
+        **resize,
+    ):
         super().__init__()
         self.encoder, self.classifier = (
             nn.Conv2d(3, DIM, stride, stride),
             nn.Conv2d(DIM, CLASSES, 1),
         )
         self.to, self.stride, self.both, self.pad, self.square = to, stride, both, pad, square
+        self.first, self.after = first, after
         self.resize = resize or {"mode": "bilinear"}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -37,11 +53,12 @@ class Padding(nn.Module):
             (max(h, w) - h, max(h, w) - w) if self.square else (-h % self.to, -w % self.to)
         )
         top, left = (down // 2, right // 2) if self.both else (0, 0)
+        top, left = (down, right) if self.first else (top, left)
         images = F.pad(images, (left, right - left, top, down - top), mode=self.pad)
         logits = F.interpolate(
             self.classifier(self.encoder(images)), scale_factor=self.stride, **self.resize
         )
-        return logits[..., top : top + h, left : left + w]
+        return self.after(logits[..., top : top + h, left : left + w])
 
 
 def step(model, images, labels, **options):
@@ -64,6 +81,8 @@ def step(model, images, labels, **options):
         Padding(stride=8, mode="bilinear", align_corners=True),
         Padding(square=True),
         Padding(square=True, both=True),
+        Padding(first=True),
+        Padding(mode="bicubic"),
     ],
     ids=[
         "end",
@@ -75,6 +94,8 @@ def step(model, images, labels, **options):
         "corners",
         "square",
         "square both",
+        "first",
+        "bicubic",
     ],
 )
 @pytest.mark.parametrize("size", [(72, 96), (50, 76), (100, 60), (48, 72)])
@@ -84,6 +105,74 @@ def test_a_model_that_pads_and_crops_is_told_to_pad_the_labels_too(model, size):
         step(copy.deepcopy(model), images, labels)
     assert len(seen) == 1
     assert seen[0].filename == __file__  # the user's line, not one of ours
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: SimpleNamespace(loss=None, logits=z),
+        Output,
+        Slots,
+        lambda z: {"out": [z]},
+        lambda z: z.softmax(1),
+        lambda z: z.log_softmax(1),
+    ],
+)
+def test_a_model_that_pads_is_noticed_whatever_it_returns(after):
+    images, labels = torch.randn(2, 3, 72, 96), torch.randint(0, CLASSES, (2, 72, 96))
+    model = Padding(after=after)
+    reg = attach(model, classifier="classifier")
+    model(images)
+    with pytest.warns(UserWarning, match=r"pads.*F\.pad\(labels"):
+        reg(labels)
+
+
+def test_a_model_that_pads_is_noticed_when_the_first_images_need_no_padding():
+    model = Padding()
+    reg = attach(model, classifier="classifier", groups=1)
+
+    def train(size):
+        model(torch.randn(1, 3, *size))
+        reg(torch.randint(0, CLASSES, (1, *size)))
+
+    train((64, 64))
+    train((96, 64))
+    train((64, 64))
+    with pytest.warns(UserWarning, match=r"images of 96 x 96\..*F\.pad\(labels"):
+        train((72, 72))
+
+
+def test_labels_that_are_padded_are_taken_in_silence_whatever_the_sizes():
+    model = Padding()
+    reg = attach(model, classifier="classifier", groups=1)
+    for size in ((60, 60), (64, 64), (60, 90), (60, 60), (30, 33)):
+        model(torch.randn(1, 3, *size))
+        labels = torch.randint(0, CLASSES, (1, *size))
+        reg(F.pad(labels, (0, -size[1] % 32, 0, -size[0] % 32), value=255))
+
+
+def test_sizes_that_came_before_are_not_compared_again_and_only_some_at_all(monkeypatch):
+    calls = []
+    compare = attaching.why_not_the_logits
+    monkeypatch.setattr(
+        attaching, "why_not_the_logits", lambda *each: calls.append(1) or compare(*each)
+    )
+    model = Plain()
+    reg = attach(model, classifier="classifier")
+    for number, size in enumerate([8, 8, 9, 8, 9, *range(10, 30)]):
+        model(torch.randn(1 + number % 2, 3, size, size))
+        reg.discard()
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize("model", [Padding(), Padding(both=True), Padding(square=True)])
@@ -421,6 +510,34 @@ def test_strokes_that_miss_every_centre_are_noticed_once_and_learned_from_if_tol
     learn = features.grad.abs().sum(1) > 0
     assert_close(learn[:, :4], torch.ones(2, 4, 8).bool())  # A stroke in each upper row.
     assert not bool(learn[:, 4:].any())
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 7), (4, 4, 4), (4,)])
+def test_points_that_miss_every_centre_of_a_small_map_are_noticed_after_unlabelled_batches(size):
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    labels = torch.full((2, *(16 * n for n in size)), 255)
+    features = torch.randn(2, DIM, *size)
+    classifier = [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(size) - 1](DIM, CLASSES, 1)
+    for _ in range(12):
+        reg(features, labels, classifier)
+    labels[(slice(None), *[slice(1, None, 16)] * len(size))] = 1
+    for _ in range(2):
+        reg(features, labels, classifier)
+    with pytest.warns(UserWarning, match=r"labelled pixels, and none of them.*grid_label="):
+        reg(features, labels, classifier)
+
+
+def test_points_are_looked_at_in_the_first_labelled_batches_only():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    for labels in [strokes(width=9)] * 10 + [strokes()]:
+        reg(torch.randn(2, DIM, 8, 8), labels, classifier)
+
+
+def test_a_small_map_that_loses_its_labels_now_and_then_is_quiet():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    found = strokes(size=64, width=16)
+    for labels in [strokes(size=64), strokes(size=64), found] * 3:
+        reg(torch.randn(2, DIM, 4, 4), labels, classifier)
 
 
 def test_labels_that_reach_the_grid_or_are_none_are_quiet():

@@ -129,7 +129,8 @@ def read_classes(path: Path) -> list[str]:
     if not 1 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
         raise ValueError(
             f"{path} must hold 1 to {IGNORE} different class names, one a line, got "
-            f"{len(classes)} lines with {len(set(classes))} names. Name every class once."
+            f"{len(classes)} lines with {len(set(classes))} names. Name every class once, and no "
+            f"more than {IGNORE}: that number marks unlabelled pixels in labels of 8 bits."
         )
     return classes
 
