@@ -168,10 +168,12 @@ class MVSCRegularizer(nn.Module):
         self._check_settings()
         self._sizes = num_classes, dim, groups
         centroids = torch.empty(groups, num_classes, dim, dtype=torch.float32)
-        if centroids.dtype != torch.float32 or hasattr(centroids, "ds_id"):
+        changed = centroids.dtype != torch.float32 or hasattr(centroids, "ds_id")
+        if changed or centroids.is_inference():
             raise ValueError(
-                "the centroids must be whole and float32, and something casts or parts what is "
-                "made here, as deepspeed.zero.Init does. Attach after that context."
+                "the centroids must be whole, float32 and trainable, and something changes what is "
+                "made here, as deepspeed.zero.Init and torch.inference_mode do. Attach outside of "
+                "that context."
             )
         self._stepper = None if optimizer == "host" else Stepper(optimizer)
         if self._stepper is None:

@@ -379,10 +379,12 @@ def test_own_centroids_leave_the_meta_device():
     assert_close(dict(reg.state_dict()), dict(expected), rtol=0, atol=0)
 
 
-def test_what_casts_or_parts_the_centroids_as_they_are_made_is_refused(monkeypatch):
+def test_what_changes_the_centroids_as_they_are_made_is_refused(monkeypatch):
+    with torch.inference_mode(), pytest.raises(ValueError, match="outside of that context"):
+        MVSCRegularizer(CLASSES, DIM)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **_: empty(*size, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"as deepspeed\.zero\.Init does\. Attach after"):
+    with pytest.raises(ValueError, match=r"as deepspeed\.zero\.Init and torch\.inf"):
         MVSCRegularizer(CLASSES, DIM)
 
 
