@@ -195,8 +195,8 @@ def classify_vectors(
 def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) -> Tensor:
     """Ask a classifier whose arithmetic is its own affair, by calling it."""
     parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
-    dtype = next((p.dtype for p in parameters if p.is_floating_point()), vectors.dtype)
-    inputs = vectors.to(dtype)
+    dtypes = [p.dtype for p in parameters if p.is_floating_point()]
+    inputs = vectors.to(dtypes[0] if dtypes else vectors.dtype)
     regions = [] if reads_rows(classifier) else _regions(classifier, axes)
     if regions:
         sizes = [region.size for region in regions]

@@ -347,4 +347,5 @@ def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutN
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    return next(iter([*args, *(kwargs or {}).values()]), None)
+    values = [*args, *(kwargs or {}).values()]  # torch 2.6 traces no default of next()
+    return values[0] if values else None

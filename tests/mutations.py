@@ -98,7 +98,7 @@ BUGS = [
     ("regularizer", "if self.enhance else centroids", "if True else centroids", "enhance=False ignored"),
     ("regularizer", "dim, dtype=torch.float32)", "dim)", "centroids in the default dtype"),
     ("regularizer", "persistent=False", "persistent=True", "a new key in the state"),
-    ("classifier", "inputs = vectors.to(dtype)", "inputs = vectors", "V' not cast for a half-precision classifier"),
+    ("classifier", "inputs = vectors.to(dtypes[0] if dtypes else vectors.dtype)", "inputs = vectors", "V' not cast for a half-precision classifier"),
     ("watch", "            if torch.equal(self.values_seen, centroids):", "            if False:", "forgotten centroids go unnoticed"),
     ("distributed", "_all_reduce(grad, ctx.group) / dist.get_world_size(ctx.group), None", "_all_reduce(grad, ctx.group), None", "sum for mean over processes"),
     ("distributed", "        return _all_reduce(grad, ctx.group), None", "        return grad, None", "the encoder's gradient shrinks by the number of processes"),
