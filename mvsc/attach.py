@@ -324,7 +324,7 @@ class AddToLoss:
 
 def _find_loss(output: Any) -> Any:
     """Return the name of the loss in a model's output, in a tuple its index; None if unclear."""
-    if isinstance(output, tuple | list):
+    if isinstance(output, (tuple, list)):
         names = getattr(output, "_fields", ())
         places = [names.index("loss")] if "loss" in names else range(len(output))
         found = [i for i in places if _is_scalar(output[i]) and output[i].requires_grad]
@@ -344,7 +344,7 @@ def _add_to(output: Any, key: Any, loss: Tensor) -> Any:
         parts = [*output]
         parts[key] = parts[key] + loss
         return getattr(output, "_make", tuple)(parts)
-    if isinstance(output, MutableMapping | list):
+    if isinstance(output, (MutableMapping, list)):
         output[key] = output[key] + loss
         return output
     try:

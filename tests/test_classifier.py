@@ -225,6 +225,8 @@ def test_a_hook_on_a_classifier_of_two_threads_stays():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_dropout_inside_drops_nothing_of_the_centroids(compiled):
+    if compiled and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 traces no generator's context")
     head, vectors = Adapter(dropout=0.5), torch.randn(5, DIM)
     ask = torch.compile(classify_vectors, fullgraph=True, backend="eager", disable=not compiled)
     answer = ask(head, vectors, CLASSES)
