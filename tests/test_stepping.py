@@ -134,7 +134,12 @@ def test_another_step_of_the_model_s_optimizer_takes_no_step_of_the_centroids_ag
     run = Run("own").train(2)
     centroids, _ = run.tensors
     expected = centroids.clone()
-    run.optimizer.param_groups[0]["lr"] = 0.5
+    (group,) = run.optimizer.param_groups
+    group["lr"] = 0.5
+    run.optimizer.step()
+    assert_close(centroids, expected, rtol=0, atol=0)
+    # Nor does one of other parameters, which is no part of the step that was taken.
+    run.optimizer.param_groups = [{**group, "params": [nn.Parameter(torch.ones(1))]}]
     run.optimizer.step()
     assert_close(centroids, expected, rtol=0, atol=0)
 
