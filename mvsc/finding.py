@@ -16,7 +16,15 @@ from torch.nn.parameter import is_lazy
 
 from mvsc.checks import on_grid
 from mvsc.classifier import TRANSPOSED, base_of, is_pixel_linear, reads_rows, widths
-from mvsc.hosts import ASIDE, Host, host_of, is_no_segmenter, refusal, refused_whole
+from mvsc.hosts import (
+    ASIDE,
+    Host,
+    Refusal,
+    host_of,
+    is_no_segmenter,
+    refusal,
+    refused_whole,
+)
 
 logger = logging.getLogger("mvsc")
 
@@ -66,7 +74,7 @@ def find_classifier(
     """
     if classifier is not None:
         named = _linear_inside(model, _path_of(model, classifier))
-        if _classifies_queries(model, named):
+        if _classifies_queries(model, named, refusal(model)):
             raise _not_found(model, {named: ""})
         return _not_lazy(model, named) if example is None else _prove(model, named, example)
     hosts = _hosts(model)
@@ -87,7 +95,7 @@ def find_classifier(
         listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
         raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
-    if len(fit) != 1 or _classifies_queries(model, fit[0]):
+    if len(fit) != 1 or _classifies_queries(model, fit[0], refused):
         why = f"one of {len(fit)} that could be it"
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
     logger.warning("took %r, the only candidate, for the classifier; example= proves it", fit[0])
@@ -274,9 +282,10 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
     answers = {name: outputs.get(model.get_submodule(name), []) for name in names}
     reasons = {name: _difference(answers[name], logits) for name in names}
+    refused = refusal(model)
     for name in names:
         # DETR's logits are those of its queries: proved, and yet no pixel's.
-        if _classifies_queries(model, name) or refused_whole(model):
+        if _classifies_queries(model, name, refused) or refused_whole(model):
             reasons[name] = reasons[name] or "not the last layer"
     rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
@@ -566,10 +575,9 @@ def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
     return [least, *(n for n in _STRIDES if least < n <= 2 * least)]
 
 
-def _classifies_queries(model: nn.Module, path: str) -> bool:
+def _classifies_queries(model: nn.Module, path: str, refused: Refusal | None) -> bool:
     """Return whether a layer's name is that of a query classifier, and no map can enter it."""
-    refused, layer = refusal(model), base_of(model.get_submodule(path))
-    maps = isinstance(layer, nn.Conv2d | nn.Conv3d)
+    maps = isinstance(base_of(model.get_submodule(path)), nn.Conv2d | nn.Conv3d)
     return refused is not None and not maps and not refused.modules.isdisjoint(path.split("."))
 
 
@@ -588,7 +596,7 @@ def _not_found(
         kind = type(layer).__name__
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             kind += f" {'x'.join(map(str, layer.kernel_size))}"
-        if _classifies_queries(model, path):
+        if _classifies_queries(model, path, refused):
             reason = "classifies queries, not pixels"
         lines.append(f"  {path}: {kind}, {_width_read(layer)} -> {_width_given(layer)}: {reason}")
     if not candidates:

@@ -39,6 +39,7 @@ _here = threading.local()
 
 _SILENT_STEPS = 100
 
+_FOR_EXAMPLE = "Use functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)."
 _BY_HAND = (
     "the loss was added up from reg.terms(labels) by hand, so by how much it is multiplied "
     "(a loss scale, accumulation) does not show, and the centroids' own optimizer follows the "
@@ -73,12 +74,11 @@ class Taken(NamedTuple):
 
 def _after_step(host: Optimizer, *_: Any) -> None:
     """Let each stepper step after an optimizer that is none of theirs."""
-    steppers = list(_steppers.items())
-    if getattr(_here, "stepping", False) or any(host is each.optimizer for _, each in steppers):
-        return
-    _here.stepping = True  # What wraps an optimizer lets it step, too.
+    if getattr(_here, "stepping", False):
+        return  # The step is one of theirs, or of what theirs wraps.
+    _here.stepping = True
     try:
-        for owner, stepper in steppers:
+        for owner, stepper in list(_steppers.items()):
             stepper.step(owner, host)
     finally:
         _here.stepping = False
@@ -105,8 +105,7 @@ class Stepper:
         if optimizer != "own" and not callable(optimizer):
             raise TypeError(
                 'optimizer must be "host", "own" or a callable that makes an optimizer of a list '
-                f"of tensors, got {checks.describe(optimizer)}. "
-                "Use functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)."
+                f"of tensors, got {checks.describe(optimizer)}. {_FOR_EXAMPLE}"
             )
         self.make = optimizer
         self.optimizer: Optimizer | None = None
@@ -146,14 +145,15 @@ class Stepper:
         at the first group's rate, and again, from where it began, at that of each that follows.
         """
         centroids, group, last = owner.centroids, host.param_groups[-1], self.taken
-        now = {id(group["params"][0]) if group["params"] else id(group): float(group["lr"])}
+        host_rate = float(group["lr"])
+        now = {id(group["params"][0]) if group["params"] else id(group): host_rate}
         if last is not None and last.host() is not host:
             last = None
         optimizer = self._optimizer_of(centroids)
-        rate = self._rate(optimizer, group)
+        rate = self._rate(optimizer, group, host_rate)
         if centroids.grad is not None:
-            if last is not None and self.make != "own" and "initial_lr" not in group:
-                self._notice_schedule(owner, last.rates, now)
+            if last is not None:
+                self._notice_schedule(owner, group, last.rates, now)
             along = self._mean_gradient(owner, centroids.grad)
             began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
             taken = Taken(ref(host), now, rate, *along, *began)
@@ -177,19 +177,20 @@ class Stepper:
         centroids.grad = self.zero.grad = None
         self.taken, self.waiting, self.silent_steps = taken, False, 0
 
-    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> float:
-        """Return the rate that goes with a host's group."""
-        rate = float(group["lr"])
+    def _rate(self, optimizer: Optimizer, group: dict[str, Any], rate: float) -> float:
+        """Return the rate that goes with that of a host's group."""
         if self.make == "own":
             return rate
         factor = rate / float(group["initial_lr"] or 1.0) if "initial_lr" in group else 1.0
         return float(optimizer.defaults["lr"]) * factor
 
     def _notice_schedule(
-        self, owner: Owner, before: dict[int, float], now: dict[int, float]
+        self, owner: Owner, group: dict[str, Any], before: dict[int, float], now: dict[int, float]
     ) -> None:
-        """Warn if a group has another rate than before, and none to compare it with."""
-        if any(before.get(group, rate) != rate for group, rate in now.items()):
+        """Warn if a group's rate has changed, and a callable has nothing to compare it with."""
+        if self.make == "own" or "initial_lr" in group:
+            return
+        if any(before.get(each, rate) != rate for each, rate in now.items()):
             owner._watch.say("rate", _NO_INITIAL_RATE)
 
     def _mean_gradient(self, owner: Owner, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,8 +270,7 @@ class Stepper:
         if not isinstance(made, Optimizer) or "lr" not in made.defaults:
             raise TypeError(
                 "optimizer must make a torch.optim.Optimizer with a learning rate, got "
-                f"{checks.describe(made)}. "
-                "Use functools.partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)."
+                f"{checks.describe(made)}. {_FOR_EXAMPLE}"
             )
         kept = set(made.state.get(centroids, {}))
         if self.make == "own":
