@@ -332,12 +332,12 @@ class Run:
         if accelerator.scaler is not None:
             self.parts["scaler"] = accelerator.scaler
         self.sharded = isinstance(self.model, FSDPModule)
-        # DeepSpeed writes its optimizer's state itself, a file for each process.
+        # DeepSpeed writes weights and its optimizer's state itself, a file for each process.
         self.engine: Any = None
         self.files, self.files_step = 0, -1
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             self.engine, self.files = prepared, accelerator.num_processes
-            del self.parts["optimizer"]
+            del self.parts["model"], self.parts["optimizer"]
         self.folder = recipe.folder
         self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / STATE
         self.main = accelerator.is_main_process
@@ -448,7 +448,7 @@ class Run:
         """
         weights = self._weights()
         self._save_weights("last", step, weights)
-        states = {"model": weights}
+        states = {"model": weights} if "model" in self.parts else {}
         if self.sharded:
             optimizer = self.parts["optimizer"].optimizer
             states["optimizer"] = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
