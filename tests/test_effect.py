@@ -5,12 +5,14 @@ import importlib
 import itertools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -31,6 +33,7 @@ kept = importlib.import_module("kept")
 report = importlib.import_module("report")
 study = importlib.import_module("study")
 variants = importlib.import_module("variants")
+views = importlib.import_module("views")
 from data import open_split  # noqa: E402
 from models import build  # noqa: E402
 from recipes import Recipe  # noqa: E402
@@ -606,8 +609,66 @@ def test_a_cell_is_a_process_of_its_own(folder, tmp_path):
     subprocess.run(command, check=True)
     (run,) = kept.read(tmp_path / "results", "hold_out")
     assert (run["cell"], run["steps"]) == ("short/segformer/ce/0", 1)
-    links = (tmp_path / "work" / "hold_out_data" / "images").glob("*/*")
+    links = (tmp_path / "work" / "data" / "hold_out" / "images").glob("*/*")
     assert sorted(link.parent.name for link in links) == ["train"] * 4 + ["val"]
+
+
+def test_few_images_are_others_with_another_seed_and_the_judges_stay(folder, tmp_path):
+    data = open_split("folder", folder, "train")
+    names = [image.name for image, _ in data.pairs]
+    for first in (0, 1, 2):
+        root = views.few(folder, tmp_path / str(first), 2, first)
+        few, val = (open_split("folder", root, split) for split in ("train", "val"))
+        assert [image.name for image, _ in few.pairs] == names[first % 2 :: 2]
+        assert torch.equal(few[0][1], data[first % 2][1])
+        assert len(val) == len(open_split("folder", folder, "val"))
+        assert few.classes == data.classes
+
+
+def test_a_region_gets_another_class_of_its_image_as_a_whole():
+    label = np.full((60, 60), 255, np.uint8)
+    for row, column in itertools.product(range(0, 60, 3), repeat=2):  # 400 regions, all apart
+        label[row : row + 2, column : column + 2] = (row + column) // 3 % 3
+    wrong = views.relabel(label, 0.2, random.Random(0))
+    assert np.array_equal(wrong == 255, label == 255)
+    regions = [each[::3, ::3] for each in (label, wrong)]
+    for shift in itertools.product((0, 1), repeat=2):
+        assert np.array_equal(wrong[shift[0] :: 3, shift[1] :: 3], regions[1])
+    assert set(regions[1].flat) == {0, 1, 2}
+    changed = (regions[0] != regions[1]).sum()
+    assert 80 - 30 < changed < 80 + 30  # of 400, a fifth: within 3.75 standard deviations
+    assert np.array_equal(views.relabel(label, 0.0, random.Random(0)), label)
+    flipped = views.relabel(label, 1.0, random.Random(0))
+    assert ((flipped != label) | (label == 255)).all()
+    alone = np.where(label == 255, label, 1)
+    assert np.array_equal(views.relabel(alone, 1.0, random.Random(0)), alone)
+
+
+def test_wrong_labels_are_for_training_only_and_depend_on_the_seed(folder, tmp_path):
+    roots = [
+        views.noisy(folder, tmp_path / name, 0.5, seed)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    first, again, other = ([label for _, label in open_split("folder", r, "train")] for r in roots)
+    clean = [label for _, label in open_split("folder", folder, "train")]
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, other))
+    assert not all(map(torch.equal, first, clean))
+    for (_, label), (_, clean) in zip(
+        open_split("folder", roots[0], "val"), open_split("folder", folder, "val"), strict=True
+    ):
+        assert torch.equal(label, clean)
+
+
+@pytest.mark.parametrize("schedule", ["eighth", "noisy"])
+def test_a_cell_trains_on_the_view_of_its_schedule(folder, tmp_path, monkeypatch, schedule):
+    seen = []
+    monkeypatch.setattr(study, "open_split", lambda *place: seen.append(place) or pytest.skip())
+    settings = study.Settings(data_root=folder, results=tmp_path, work=tmp_path / "work")
+    with pytest.raises(pytest.skip.Exception):
+        study.run(settings, f"{schedule}/segformer/ce/1")
+    assert seen == [("folder", tmp_path / "work" / "data" / f"{schedule}-1", "train")]
+    assert (seen[0][1] / "classes.txt").exists()
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ for folder in (HERE, HERE.parent, HERE.parents[1] / "examples" / "recipes"):
 
 import arms  # noqa: E402
 import kept  # noqa: E402
+import views  # noqa: E402
 from data import SegmentationData, open_split  # noqa: E402
 from evaluate import evaluate  # noqa: E402
 from judge import Judge  # noqa: E402
@@ -53,13 +54,20 @@ class Schedule(NamedTuple):
     steps: int
     size: tuple[int, int]
     batch_size: int
+    every: int = 1
+    """Trains on one in so many images; which ones depends on the seed."""
+    noise: float = 0.0
+    """The share of the labelled regions that have another class of their image."""
 
 
-SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images
+SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images, then 12 again in steps
     "quick": Schedule(396, (128, 96), 8),
     "short": Schedule(1188, (160, 120), 8),
     "long": Schedule(4752, (160, 120), 8),
     "large": Schedule(596, (384, 288), 16),
+    "quarter": Schedule(1188, (160, 120), 8, every=4),
+    "eighth": Schedule(1188, (160, 120), 8, every=8),
+    "noisy": Schedule(1188, (160, 120), 8, noise=0.2),
 }
 INTERRUPTED = 130  # exit status, as of a shell
 
@@ -71,7 +79,8 @@ class Settings:
     data_root: Path
     """Folder with images/, labels/ and classes.txt."""
     schedules: tuple[str, ...] = ("short",)
-    """quick, short, long; large: as many epochs as short, on large images."""
+    """quick, short, long; large: as many epochs as short, on large images; quarter, eighth and
+    noisy: short, on fewer training images or on wrong labels."""
     heads: tuple[str, ...] = tuple(HEADS)
     """segformer, deeplabv3plus."""
     arms: tuple[str, ...] = tuple(arms.ARMS)
@@ -173,7 +182,7 @@ def run(settings: Settings, cell: str) -> None:
     steps = settings.steps or (usual.steps // 2 if settings.retrain else usual.steps)
     batch_size = settings.batch_size or usual.batch_size
     longer, shorter = size = settings.size or usual.size
-    root = held_out(settings) if settings.hold_out else settings.data_root
+    root = root_of(settings, schedule, int(seed))
     recipe = replace(
         RECIPES[HEADS[head]][1],
         data_root=root,
@@ -247,21 +256,16 @@ def judged(log_shares: Tensor) -> Evaluate:
     return judge
 
 
-def held_out(settings: Settings) -> Path:
-    """Make a view of the training images, by links, in which every fifth is for validation."""
-    root = settings.work / "hold_out_data"
-    if (root / "classes.txt").exists():
-        return root
-    data = open_split("folder", settings.data_root, "train")
-    for number, pair in enumerate(data.pairs):
-        for kind, path in zip(("images", "labels"), pair, strict=True):
-            link = root / kind / ("val" if number % 5 == 4 else "train") / path.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(path.resolve())
-    # Last, so that its presence says that the rest is there.
-    (root / "classes.txt").write_text("\n".join(data.classes) + "\n", "utf-8")
-    return root
+def root_of(settings: Settings, schedule: str, seed: int) -> Path:
+    """Return the folder of a cell's images: the user's, or a view of it in the work folder."""
+    usual, made = SCHEDULES[schedule], settings.work / "data" / f"{schedule}-{seed}"
+    if settings.hold_out:
+        return views.held_out(settings.data_root, settings.work / "data" / "hold_out")
+    if usual.every > 1:
+        return views.few(settings.data_root, made, usual.every, seed)
+    if usual.noise:
+        return views.noisy(settings.data_root, made, usual.noise, seed)
+    return settings.data_root
 
 
 def rounded(value: Any) -> Any:
