@@ -39,7 +39,7 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(torch|nn|Tensor|Callable|collections|typing|logging|weakref|os|matplotlib|numpy|Axes).*",
+        r"(torch|nn|Tensor|Callable|collections|typing|logging|weakref|os|matplotlib|numpy|Axes|transformers).*",
     )
 ]
 

@@ -18,6 +18,7 @@ from torch import nn
 import mutations
 import mvsc
 from mvsc import diagnostics, equations, plotting
+from recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -110,7 +111,17 @@ def functions(module):
 def test_every_public_name_has_a_place_in_the_api_page():
     page = (ROOT / "docs" / "api.rst").read_text("utf-8")
     for name in mvsc.__all__:
-        assert re.search(rf"\b{name}\b", page), name
+        place = "module" if name == "equations" else r"\w+"
+        assert re.search(rf"^\.\. auto{place}:: mvsc\.{name}$", page, re.MULTILINE), name
+
+
+def test_commands_name_recipes_that_there_are():
+    recipes = ROOT / "examples" / "recipes"
+    told = [*PAGES, *recipes.glob("*.py"), *recipes.glob("*.yaml")]
+    texts = "\n".join(page.read_text("utf-8") for page in told)
+    named = re.findall(r"(?:train|ablate|ray_train)\.py ([a-z0-9]+-[\w-]+)", texts)
+    assert len(named) >= 10
+    assert set(named) <= set(RECIPES)
 
 
 @pytest.mark.parametrize("module", [mvsc, equations, diagnostics, plotting])

@@ -1,6 +1,6 @@
 """Train a recipe as a job of Ray Train (pip install "ray[train]").
 
-    python examples/recipes/ray_train.py ade20k-segformer-b4 --recipe.data-root DIR --processes 8
+    python examples/recipes/ray_train.py ade20k-segformer-b0 --recipe.data-root DIR --processes 8
 
 Data and the run's folder lie where every node sees them. The state that train.py keeps there is the
 checkpoint: after a worker died, and when the same job is sent again, the run goes on from it
