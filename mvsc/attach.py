@@ -1,36 +1,26 @@
 """Three lines for any segmenter: find the pixel classifier and tap the features it reads."""
 
-import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, MutableMapping
-from functools import partial
-from inspect import Parameter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mvsc.add_to_loss import AddToLoss
 from mvsc.classifier import widths
+from mvsc.comparing import Verdict, classes_second, compare, sizes_of
 from mvsc.equations import MVSCTerms
-from mvsc.finding import (
-    ClassifierNotFoundError,
-    classes_second,
-    find_classifier,
-    sizes_of,
-    why_not_the_logits,
-)
+from mvsc.finding import ClassifierNotFoundError, find_classifier
 from mvsc.hosts import HOSTS
 from mvsc.regularizer import MVSCRegularizer
-from mvsc.tap import ADDED, DATA_PARALLEL, PAST_THE_HOOKS, UNLABELLED, Hook, Tap
+from mvsc.sampling import is_capturing
+from mvsc.tap import DATA_PARALLEL, Hook, Tap
 from mvsc.watch import warn
 
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach"]
 
 logger = logging.getLogger("mvsc")
-
-_IDLE_FORWARDS = 10
-"""Forwards in which add_to_loss had nothing to add, from the first on, after which it says so."""
 
 _SIZES_COMPARED = 8
 """Sizes of images at which it is seen whether the model pads."""
@@ -47,8 +37,8 @@ def attach(
 ) -> "AttachedRegularizer":
     """Attach a regularizer to a segmentation model, which itself stays as it is.
 
-    The classifier is the one that is named; else the one of a known layout
-    (segmentation_models_pytorch, torchvision, transformers, mmseg); else the only candidate.
+    The classifier is the one that is named; else the one of a known library's
+    layout (mvsc/hosts.py has the table); else the only candidate.
     Its input is tapped, or that of the dropout right before it (R14). Parameters, state dict and
     inference of the model do not change. A model inside DistributedDataParallel or
     ``torch.compile`` is found in there; attach before a compiled model's first call.
@@ -110,9 +100,10 @@ class AttachedRegularizer(nn.Module):
 
     Made by :func:`attach`. Call it once after each forward in training mode; what cannot be
     meant (no forward since the last call, two of them, features without gradient) is an error.
-    As a context manager it detaches on leaving. Its state, ``regularizer.centroids`` and
-    ``regularizer.step``, is to be saved beside the model's; settings are those of
-    ``regularizer``. A copy or an unpickled one is attached to nothing.
+    As a context manager it detaches on leaving. Its state, ``regularizer.centroids``,
+    ``regularizer.step`` and what an optimizer of their own keeps, is to be saved beside the
+    model's; settings are those of ``regularizer``. A copy or an unpickled one is attached to
+    nothing.
 
     Attributes:
         regularizer: the :class:`MVSCRegularizer`.
@@ -204,156 +195,6 @@ class AttachedRegularizer(nn.Module):
 _SETTINGS = frozenset(inspect.signature(MVSCRegularizer).parameters)
 
 
-class AddToLoss:
-    """A client of the tap that adds the loss in the forward of a model that gets labels.
-
-    Features and labels come in one forward, so nothing is left open by a forward without labels,
-    or by one that failed.
-
-    Args:
-        tap: open on the model.
-        regularizer: whose loss is added. Not the attached one, which may go: who attaches again
-            takes its place.
-        scale: asked in each forward for a factor of the loss.
-    """
-
-    def __init__(
-        self,
-        tap: Tap,
-        regularizer: MVSCRegularizer,
-        scale: Callable[[], float] | None = None,
-    ) -> None:
-        self.tap, self.regularizer, self.scale = tap, regularizer, scale
-        self.inside, self.idle = False, 0
-        self.named = 0
-        self.position: int | None = None
-
-    def open(self, model: nn.Module) -> None:
-        """Hook on to the model.
-
-        Raises:
-            ValueError: if it takes no labels; the tap is closed.
-        """
-        own = found = inspect.signature(model.forward).parameters
-        kinds = [each.kind for each in own.values()]
-        if "labels" not in own and {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} & {*kinds}:
-            # It hands on what it gets: the method in its place, or the model inside, has the names.
-            bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
-            hidden: list[Callable[..., Any]] = [partial(base.forward, model) for base in bases]
-            hidden += [module.forward for module in model.modules()]
-            inner = (inspect.signature(forward).parameters for forward in hidden)
-            found = next((each for each in inner if "labels" in each), own)
-        if "labels" not in found:
-            self.tap.close()
-            raise ValueError(
-                "add_to_loss needs a model that takes labels and returns a loss, got "
-                f"{type(model).__name__}, which takes {', '.join(own)}. "
-                "Add reg(labels) to the loss yourself."
-            )
-        # Behind other names than those inside nobody knows what is handed on, and where.
-        self.named = sum(kind < Parameter.VAR_POSITIONAL for kind in kinds)
-        same = [*own][: self.named] == [*found][: self.named]
-        if same and found["labels"].kind < Parameter.VAR_POSITIONAL:
-            self.position = [*found].index("labels")
-        classifier = cast(nn.Module, self.tap.classifier)
-        self.tap.handles += [
-            classifier.register_forward_pre_hook(Hook(self, self._before_classifier)),
-            model.register_forward_pre_hook(Hook(self, self._before)),
-            model.register_forward_hook(
-                Hook(self, self._after), with_kwargs=True, always_call=True
-            ),
-        ]
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.inside = True
-        if self.tap.listens(module):
-            self.tap.clear()
-
-    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.inside and self.tap.listens(module):
-            self._notice_nothing_added(PAST_THE_HOOKS)
-
-    def _after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        self.inside = False
-        listens = self.tap.listens(module)
-        labels = kwargs.get("labels")
-        if labels is None and self.position is not None and len(args) > self.position:
-            labels = args[self.position]
-        if not listens:
-            evaluates = self.tap.classifier is not None and not self.tap.classifier.training
-            if evaluates and labels is not None and torch.is_grad_enabled():
-                self._notice_nothing_added(self.tap.missing)
-            return output
-        if output is None or labels is None:  # None: the forward has failed.
-            self.tap.clear(UNLABELLED)
-            if self.position is None and len(args) > self.named and _find_loss(output) is not None:
-                raise RuntimeError(
-                    f"add_to_loss cannot tell which argument of {type(module).__name__} is labels. "
-                    "Pass it by name, labels=..., or attach without add_to_loss and add "
-                    "reg(labels) to the loss yourself."
-                )
-            if output is not None:
-                self._notice_nothing_added(UNLABELLED)
-            return output
-        self.idle = -1
-        key = _find_loss(output)
-        if key is None:
-            self.tap.clear()
-            raise RuntimeError(
-                f"{type(module).__name__} returned no loss for these labels to add to: a "
-                f"{type(output).__name__} without a scalar called loss, and without one that is "
-                "its only scalar with a gradient. Attach without add_to_loss, and add reg(labels) "
-                "to the loss yourself."
-            )
-        loss = self.tap.use(self.regularizer, labels)
-        self.tap.missing = ADDED
-        if self.scale is not None:
-            loss = self.scale() * loss
-        return _add_to(output, key, loss)
-
-    def _notice_nothing_added(self, why: str) -> None:
-        """Warn once if there was no forward so far in which something was added."""
-        if torch.compiler.is_compiling() or self.idle < 0:
-            return
-        self.idle += 1
-        if self.idle == _IDLE_FORWARDS:
-            warn(f"add_to_loss has had nothing to add in {_IDLE_FORWARDS} forwards: {why}")
-
-
-def _find_loss(output: Any) -> Any:
-    """Return the name of the loss in a model's output, in a tuple its index; None if unclear."""
-    if isinstance(output, (tuple, list)):
-        names = getattr(output, "_fields", ())
-        places = [names.index("loss")] if "loss" in names else range(len(output))
-        found = [i for i in places if _is_scalar(output[i]) and output[i].requires_grad]
-        return found[0] if len(found) == 1 else None
-    mapping = isinstance(output, MutableMapping)
-    loss = output.get("loss") if mapping else getattr(output, "loss", None)
-    return "loss" if _is_scalar(loss) else None
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
-
-
-def _add_to(output: Any, key: Any, loss: Tensor) -> Any:
-    """Return the output, of the type that it has, with something added to what is at ``key``."""
-    if isinstance(output, tuple):
-        parts = [*output]
-        parts[key] = parts[key] + loss
-        return getattr(output, "_make", tuple)(parts)
-    if isinstance(output, (MutableMapping, list)):
-        output[key] = output[key] + loss
-        return output
-    try:
-        output.loss = output.loss + loss
-    except dataclasses.FrozenInstanceError:
-        output = dataclasses.replace(output, loss=output.loss + loss)
-    return output
-
-
 class _FirstForward:
     """A client of the tap that sees, in the first training forward, whether the pick is sound.
 
@@ -365,7 +206,7 @@ class _FirstForward:
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
         self.answer: Tensor | None = None
-        self.padded: dict[Any, tuple[tuple[int, ...], tuple[int, ...]] | None] = {}
+        self.verdicts: dict[Any, Verdict] = {}
 
     def open(self, model: nn.Module) -> None:
         classifier = cast(nn.Module, self.tap.classifier)
@@ -384,30 +225,30 @@ class _FirstForward:
         answer, self.answer = self.answer, None
         if torch.compiler.is_compiling() or answer is None or not self.tap.listens(module):
             return
-        if answer.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(answer.device):
             return
         if self.tap.forwards != 1:
             return  # The tap has better words for that, and for another layer in its place.
         self.tap.padded, found = None, None
         try:
             sizes = sizes_of(answer, output)
-            if sizes in self.padded or len(self.padded) == _SIZES_COMPARED:
-                self.tap.padded = self.padded.get(sizes)
+            if sizes in self.verdicts:
+                self.tap.padded = self.verdicts[sizes].padded
                 return
-            if self.tap.replaced():
+            if len(self.verdicts) == _SIZES_COMPARED or self.tap.replaced():
                 return
-            found = why_not_the_logits(answer, output)
+            found = compare(answer, output)
         except RuntimeError:  # Of tensors without values, or on which little is defined.
             pass
-        if found is not None and not found[1]:
-            self.tap.padded = self.padded[sizes] = found[0]
+        if found is not None and not found.reason:
+            self.verdicts[sizes], self.tap.padded = found, found.padded
             return
         for handle in self.handles:
             handle.remove()
-        if found is not None and not self.padded:
+        if found is not None and not self.verdicts:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "
-                f"for this loss: {found[1]}"
+                f"for this loss: {found.reason}"
             )
 
 

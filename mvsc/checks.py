@@ -1,6 +1,6 @@
-"""The words that errors share: numbers, choices, feature maps, labels, centroids.
+"""Checks, and the words that errors share: numbers, choices, feature maps, tokens, centroids.
 
-A check with one caller stands beside that caller. Inside, the code trusts its inputs.
+Those of labels have a file of their own. Inside, the code trusts its inputs.
 """
 
 import math
@@ -65,13 +65,6 @@ def check_feature_map(features: object, channels_last: bool = False) -> Tensor:
     return features
 
 
-def plain_tensor(value: Any) -> Any:
-    """Return a tensor subclass of another library as the tensor it is; all else as it came."""
-    if isinstance(value, Tensor) and type(value).__module__.partition(".")[0] != "torch":
-        return value.as_subclass(Tensor)  # with its graph
-    return value
-
-
 def check_features(
     features: object,
     dim: int,
@@ -79,7 +72,7 @@ def check_features(
     *,
     rows: bool = False,
     channels_last: bool | None = None,
-) -> Tensor:
+) -> tuple[Tensor, bool]:
     """Raise unless ``features`` are ``dim`` wide and on ``device``; return them channels first.
 
     Args:
@@ -90,27 +83,25 @@ def check_features(
         channels_last: where the channels are; None to find out.
 
     Returns:
-        Shape ``(batch, dim, *spatial)``, a view.
+        A view of shape ``(batch, dim, *spatial)``, and whether the channels came last.
     """
     shape = tuple(features.shape) if isinstance(features, Tensor) else ()
-    last = rows and shape[-1:] == (dim,) if channels_last is None else channels_last
+    last = rows and shape[-1:] == (dim,) if channels_last is None else bool(channels_last)
     features = check_feature_map(features, last)
-    if channels_last is None:
-        channels_last = last
-        if channels_last and shape[1] == dim:
-            raise ValueError(
-                f"features of shape {shape} can be read both as (batch, dim, *spatial) and as "
-                f"(batch, *spatial, dim) with dim={dim}. Pass channels_last=True if a Linear reads "
-                "them as they are, else channels_last=False."
-            )
-    if shape[-1 if channels_last else 1] != dim:
-        raise ValueError(_wrong_width(shape, dim, channels_last))
+    if channels_last is None and last and shape[1] == dim:
+        raise ValueError(
+            f"features of shape {shape} can be read both as (batch, dim, *spatial) and as "
+            f"(batch, *spatial, dim) with dim={dim}. Pass channels_last=True if a Linear reads "
+            "them as they are, else channels_last=False."
+        )
+    if shape[-1 if last else 1] != dim:
+        raise ValueError(_wrong_width(shape, dim, last))
     if features.device != device:
         raise ValueError(
             f"features must be on the device of the centroids, {device}, got {features.device}. "
             f"Move the regularizer with .to({str(features.device)!r})."
         )
-    return features.movedim(-1, 1) if channels_last else features
+    return (features.movedim(-1, 1) if last else features), last
 
 
 def on_grid(

@@ -30,7 +30,7 @@ TRANSPOSED = (
     "A transposed convolution gives the places of a pixel different logits, so no answer for a "
     "pixel alone exists. Give the features that enter it an auxiliary 1x1 classifier with a "
     "cross-entropy of its own, and pass both to MVSCRegularizer, as in "
-    "examples/integrations/monai_transposed_head.py."
+    "examples/integrations/monai_transposed_head.py of mvsc's repository."
 )
 
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)

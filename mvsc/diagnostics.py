@@ -11,8 +11,8 @@ Throughout, ``features`` is R, the dense map that enters the classifier, shape
 ``(batch, *spatial')`` of any size and integer dtype (R15); ``centroids`` is V, shape
 ``(groups, num_classes, dim)``; ``ignore_index`` is the label of pixels that do not count, by
 default 255, or -100 where 255 is a class. A tensor of a wrong dtype is a ``TypeError``, one of a
-wrong shape or device a ``ValueError``, and so is, on the CPU, a label out of range; elsewhere such
-pixels are ignored.
+wrong shape a ``ValueError``, and so are features and labels on two devices and, on the CPU, a label
+out of range; elsewhere such pixels are ignored.
 """
 
 from typing import Literal
@@ -464,10 +464,8 @@ def _check_ages(ages: object, labels: object) -> None:
 
 def _check_heatmap(features: object, centroids: object, class_index: object, group: object) -> None:
     """Raise unless the class and group exist and the map has the width of the centroids."""
-    centroids, features = (
-        checks.check_centroids("centroids", centroids),
-        checks.check_feature_map(features),
-    )
+    centroids = checks.check_centroids("centroids", centroids)
+    features = checks.check_feature_map(features)
     groups, num_classes, dim = centroids.shape
     if features.shape[1] != dim:
         remedy = "Pass the map that enters the classifier."

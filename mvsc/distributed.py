@@ -1,7 +1,7 @@
 """Several processes: centroids that stay in step, and means over all of them (reading R18).
 
-Each function is the identity for a single process. All communication is a sum over the
-processes of one group, and every process has to take part equally often.
+What the loss uses is the identity for a single process, and communicates by sums. Every process of
+a group has to take part equally often.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def world_size(group: Any = None) -> int:
 
 
 def average_gradient(parameter: Tensor, group: Any = None) -> Tensor:
-    """Return ``parameter`` itself; its gradient is averaged over the processes in backward.
+    """Return a view of ``parameter``; its gradient is averaged over the processes in backward.
 
     That keeps a bare parameter equal on every process, with no wrapper at all, and does not
     disturb one inside DistributedDataParallel: the average of equal gradients is the same.

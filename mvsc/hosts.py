@@ -1,6 +1,6 @@
 """One table: where each library keeps its pixel classifier, and what else is known of it.
 
-Adding a host is one entry here and one case in benchmarks/support_matrix.py.
+Adding a host is one entry here and one case in benchmarks/support_cases.py.
 """
 
 from typing import NamedTuple
@@ -115,7 +115,8 @@ REFUSALS = (
     Refusal(
         "This model classifies queries. Give its pixel embedding an auxiliary 1x1 classifier, "
         "nn.Conv2d(dim, num_classes, 1), with a cross-entropy of its own, and pass the embedding "
-        "and that classifier to MVSCRegularizer, as in examples/integrations/query_models.py.",
+        "and that classifier to MVSCRegularizer, as in "
+        "examples/integrations/query_models.py of mvsc's repository.",
         modules=frozenset(
             {"class_predictor", "class_embed", "cls_embed", "class_labels_classifier"}
         ),
@@ -123,21 +124,22 @@ REFUSALS = (
     Refusal(
         "LRASPP adds two classifiers up. They are one 1x1 convolution on the concatenated "
         "features, which MVSCRegularizer takes, as in "
-        "examples/integrations/torchvision_lraspp.py.",
+        "examples/integrations/torchvision_lraspp.py of mvsc's repository.",
         types=frozenset({("torchvision", "LRASPPHead")}),
     ),
     Refusal(
         "MONAI's UNet ends in a transposed convolution, or with residual units in conv(x) + x, "
         "so no layer turns the features of a pixel into its logits. Give what enters its last "
         "block an auxiliary 1x1 classifier with a cross-entropy of its own, and pass both to "
-        "MVSCRegularizer, as in examples/integrations/monai_transposed_head.py.",
+        "MVSCRegularizer, as in examples/integrations/monai_transposed_head.py of mvsc's "
+        "repository.",
         types=frozenset({("monai", "UNet")}),
     ),
     Refusal(
         "The last layer of this model is followed by a norm, by another layer with weights, or "
         "runs several times. Give the features that enter its last block an auxiliary 1x1 "
         "classifier with a cross-entropy of its own, and pass both to MVSCRegularizer, as in "
-        "examples/integrations/monai_transposed_head.py.",
+        "examples/integrations/monai_transposed_head.py of mvsc's repository.",
         types=frozenset(
             {
                 ("monai", "HighResNet"),

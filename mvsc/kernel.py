@@ -1,6 +1,6 @@
 """The kernel: sums and means of the pixels of each cell, in the layout that the map has.
 
-Everything that is worth optimising is in this file, and nothing else is.
+What touches the features of each pixel is in this file, and nothing else is.
 """
 
 from collections.abc import Iterator

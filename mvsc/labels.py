@@ -31,16 +31,20 @@ def check_labels(
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {describe(labels)}. {remedy}"
         )
-    axes = 2 if features is None else features.ndim - 2
-    fits = labels.ndim - 1 == axes or (tokens and labels.ndim in (3, 4) and is_integer(labels))
-    if not fits and (features is not None or not 2 <= labels.ndim <= 4):
+    if features is None:
+        if not 2 <= labels.ndim <= 4:
+            raise ValueError(
+                "labels must have shape (batch, *spatial) with one to three spatial axes, got "
+                f"{tuple(labels.shape)}. Pass one class index for each pixel."
+            )
+    elif labels.ndim != features.ndim - 1 and not (
+        tokens and labels.ndim in (3, 4) and is_integer(labels)
+    ):
         expected = ["(batch, places)", "(batch, height, width)", "(batch, depth, height, width)"]
-        places = ""
-        if features is not None:
-            places = f" for features of the spatial size {describe_sizes(features.shape[2:])}"
         raise ValueError(
-            f"labels must have shape {expected[axes - 1]}{places}, got {tuple(labels.shape)}. "
-            f"{_of_shape(labels, features, axes, tokens)}"
+            f"labels must have shape {expected[features.ndim - 3]} for features of the spatial "
+            f"size {describe_sizes(features.shape[2:])}, got {tuple(labels.shape)}. "
+            f"{_of_shape(labels, features, tokens)}"
         )
     if not is_integer(labels):
         raise TypeError(
@@ -103,14 +107,14 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
     )
 
 
-def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool | None) -> str:
+def _of_shape(labels: Tensor, features: Tensor, tokens: bool | None) -> str:
     """Say what to do with labels of another number of axes."""
-    shape = tuple(labels.shape)
+    axes, shape = features.ndim - 2, tuple(labels.shape)
     if labels.ndim == axes + 2:
         for axis in (1, -1):
             if shape[axis] == 1:
                 return _of_values(labels.squeeze(axis), f"labels.squeeze({axis})")
-    if features is not None and labels.ndim - 1 > axes:
+    if labels.ndim - 1 > axes:
         size = tuple(features.shape[2:])
         for first in range(1, axes + 1):  # A map that was folded as the features were?
             last = first + labels.ndim - 1 - axes
@@ -124,17 +128,17 @@ def _of_shape(labels: Tensor, features: Tensor | None, axes: int, tokens: bool |
             return _of_tokens(size[0], shape[1:], tokens)
     if labels.ndim == axes + 2 and not (_may_be_indices(labels) and 3 not in (shape[1], shape[-1])):
         return _of_channels(labels)
-    if features is not None and labels.ndim == 2 < axes + 1 and shape[0] == features.shape[0]:
+    if labels.ndim == 2 < axes + 1 and shape[0] == features.shape[0]:
         # As many as the features have places? Else a single image, of a batch of one.
         grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
         if grid or shape[0] > 1 or labels.ndim != axes:
             sizes = grid or f"({axis_names(axes)})"
             return _of_values(labels, f"labels.unflatten(1, {sizes})")
-    if labels.ndim == axes and (features is None or features.shape[0] == 1):
+    if labels.ndim == axes and features.shape[0] == 1:
         return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
-    if features is not None and labels.ndim == axes and shape[0] == features.shape[0]:
+    if labels.ndim == axes and shape[0] == features.shape[0]:
         return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."
-    if features is not None and labels.ndim - 1 > axes:
+    if labels.ndim - 1 > axes:
         return (
             "Pass the features unfolded, with the axes of the labels, if they were folded; else "
             "one class index for each pixel."

@@ -2,7 +2,7 @@
 
 A function that draws one panel takes the ``ax`` to draw on; one that draws several returns a
 :class:`matplotlib.figure.Figure` for ``figure.savefig(path, dpi=200)``. Nothing is shown, and
-pyplot's state is not touched. Figures are as wide as two columns of a paper.
+pyplot's state is not touched. A figure of four groups is as wide as two columns of a paper.
 """
 
 import textwrap
@@ -164,7 +164,7 @@ def heatmaps(
     pixels = _pixels(image)
     columns: list[int | None] = [None, *range(groups)] if groups > 1 else [None]
     with rc_context(_STYLE):
-        panel = (_WIDTH - 1) / 6  # as for four groups, also where there are fewer
+        panel = (_WIDTH - 1) / 6  # as for four groups, whatever their number
         panel_height = panel * image.shape[1] / image.shape[2]
         height = len(classes) * (panel_height + 0.05) + 0.3
         width = 1 + panel * (1 + len(columns))

@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mvsc import checks, distributed, equations
-from mvsc.checks import plain_tensor
 from mvsc.classifier import (
     Classifier,
     check_classifier,
@@ -28,6 +27,7 @@ from mvsc.sampling import (
     commonest_on_grid,
     draw_groups,
     draw_halves,
+    is_replaying,
     labels_on_grid,
 )
 from mvsc.stepping import MakeOptimizer, Stepper
@@ -62,7 +62,8 @@ class MVSCRegularizer(nn.Module):
     terms, Eqs. (2), (3) and the classification of the centroids enhanced by Eq. (4), to be
     added to the model's own loss. Nothing of it exists at inference.
 
-    The centroids have to be given to the optimizer, see :meth:`param_group`. They start equal
+    The centroids have to be given to the optimizer, see :meth:`param_group`, unless they have
+    their own. They start equal
     on every process, are drawn without touching the global random state, and stay in float32
     when a model that owns the regularizer is cast to half precision.
 
@@ -94,13 +95,16 @@ class MVSCRegularizer(nn.Module):
             an AdamW inside, which steps when the model's optimizer has stepped, at the learning
             rate of its last group; or a callable that makes another one of a list of tensors, as
             ``functools.partial(torch.optim.SGD, lr=0.01)``. Then the centroids are no parameter,
-            and neither a factor on the loss nor clipping reaches them; see docs/engines.md.
+            and neither a factor on the loss nor clipping reaches them.
 
     Attributes:
-        centroids: V, parameter of shape ``(groups, num_classes, dim)``, initially normal with
-            standard deviation ``sqrt(2 / dim)`` (R16).
+        centroids: V, shape ``(groups, num_classes, dim)``, initially normal with standard
+            deviation ``sqrt(2 / dim)`` (R16): a parameter, or with an optimizer of their own a
+            buffer.
         step: int64 scalar buffer, the number of training steps taken; with ``centroids``, and
             what an optimizer of their own keeps, it is the whole state.
+        invalid_count: int64 scalar buffer, the labels out of range that were met where reading
+            them would have stalled a device; no part of the state.
 
     Raises:
         TypeError: if a size is not an int or a weight not a number.
@@ -189,7 +193,10 @@ class MVSCRegularizer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the centroids anew, from a private generator, and set ``step`` to 0 (R16)."""
+        """Draw the centroids anew, from a private generator, and set ``step`` to 0 (R16).
+
+        What an optimizer of their own has kept is forgotten.
+        """
         # On the CPU and from the seed alone: equal on every process and device, with no
         # communication and no use of the global generators.
         generator = torch.Generator(device="cpu").manual_seed(self.seed % 2**64)
@@ -519,15 +526,14 @@ class MVSCRegularizer(nn.Module):
         """
         rows = reads_rows(classifier)
         # Subclasses as MONAI's and torchvision's remember things at each operation.
-        features, labels = plain_tensor(features), plain_tensor(labels)
-        came = features
-        features = checks.check_features(
+        features, labels = _plain_tensor(features), _plain_tensor(labels)
+        features, last = checks.check_features(
             features, self.dim, self.centroids.device, rows=rows, channels_last=channels_last
         )
-        tokens = features.ndim == 3 and (grid is not None or rows or bool(channels_last))
+        tokens = features.ndim == 3 and (grid is not None or rows or last)
         check_labels(labels, features, tokens)
         axes = features.ndim - 2
-        features = checks.on_grid(features, tuple(labels.shape[1:]), grid, features is not came)
+        features = checks.on_grid(features, tuple(labels.shape[1:]), grid, last)
         if reads_axes(classifier) != axes:  # Tokens may be read folded, by a Conv1d, or not.
             axes = features.ndim - 2
         check_classifier(classifier, self.dim, self.num_classes, axes)
@@ -540,6 +546,15 @@ class MVSCRegularizer(nn.Module):
                 f"{', '.join(_SIZES)} must stay what they were, {self._sizes}, got "
                 f"{(self.num_classes, self.dim, self.groups)}. Build another MVSCRegularizer."
             )
+        self._notice(features, labels, classifier)
+        return features, labels, axes
+
+    def _notice(self, features: Tensor, labels: Tensor, classifier: Classifier) -> None:
+        """Look at what may be wrong without an error; read the labels' values where that is free.
+
+        Raises:
+            ValueError: if a label that is read is out of range.
+        """
         watch = self._watch
         if "mixing" not in watch.said and (mixing := what_mixes(classifier)):
             watch.say("mixing", mixing)
@@ -553,7 +568,6 @@ class MVSCRegularizer(nn.Module):
                 )
         else:
             self._count_invalid(labels)
-        return features, labels, axes
 
     def _count_invalid(self, labels: Tensor) -> None:
         """Count labels out of range, which are ignored where reading them would stall a device."""
@@ -570,7 +584,7 @@ class MVSCRegularizer(nn.Module):
         if torch.compiler.is_compiling():
             # Whether a backward replays is known when the graph runs, not when it is traced.
             _count_step(self.step)
-        elif not _replaying():
+        elif not is_replaying():
             self.step += 1
             self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
             if self._stepper is not None:
@@ -611,9 +625,17 @@ class MVSCRegularizer(nn.Module):
         for name, value in {} if self._stepper is None else self._stepper.state.items():
             destination[f"{prefix}{_OPTIMIZER}{name}"] = value
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         """Load as any module, but a state in half precision as float32, with assign=True too."""
-        errors: list[str] = args[-1]
         step = state_dict.get(f"{prefix}step")
         if isinstance(step, Tensor) and step.is_floating_point():
             errors.append(
@@ -628,9 +650,10 @@ class MVSCRegularizer(nn.Module):
         if self._stepper is not None:
             self._stepper.state = moments
         elif moments:  # torch lists it, unless strict=False
-            unexpected: list[str] = args[-2]
             unexpected.append(f'{mine}*, moments that optimizer="host" has no use for: pass "own"')
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
         self._follow()
@@ -647,14 +670,16 @@ class MVSCRegularizer(nn.Module):
         return copied
 
 
-def _replaying() -> bool:
-    """Return whether a backward runs: the signal that FSDP2 uses, too."""
-    return torch._C._current_graph_task_id() != -1
+def _plain_tensor(value: Any) -> Any:
+    """Return a tensor subclass of another library as the tensor it is; all else as it came."""
+    if isinstance(value, Tensor) and type(value).__module__.partition(".")[0] != "torch":
+        return value.as_subclass(Tensor)  # with its graph
+    return value
 
 
 @torch.library.custom_op("mvsc::count_step", mutates_args=("step",))
 def _count_step(step: Tensor) -> None:
-    if not _replaying():
+    if not is_replaying():
         step += 1
 
 

@@ -45,39 +45,12 @@ def labels_on_grid(
         >>> labels_on_grid(labels, (1, 2), num_classes=8, ignore_index=255).tolist()
         [[[2, 8]]]
     """
-    return countable(labels_at_centres(labels, size), num_classes, ignore_index)
-
-
-def labels_at_centres(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Take the label at the centre of each feature pixel, whatever it is (R15).
-
-    Args:
-        labels: as in :func:`labels_on_grid`.
-        size: as in :func:`labels_on_grid`.
-
-    Returns:
-        int64, shape ``(batch, *spatial)``.
-    """
     if labels.dtype in _NOT_INDEXED:
         labels = labels.long()
     if labels.shape[1:] != size:
         index = _kept(_centres, labels, tuple(labels.shape[1:]), tuple(size))
         labels = labels.flatten(1).index_select(1, index).view(-1, *size)
-    # Widened before any comparison: uint8 == -100 is true for class 156.
-    return labels.long()
-
-
-def countable(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Give every pixel that is ignored or out of range the label ``num_classes``.
-
-    Args:
-        labels: int64, any shape.
-        num_classes: C.
-        ignore_index: label of unlabelled pixels.
-
-    Returns:
-        int64, same shape, in ``0 .. num_classes``.
-    """
+    labels = labels.long()  # Before any comparison: uint8 == -100 is true for class 156.
     # What is too low becomes -1, which is C modulo C + 1, as is what is too high.
     counted = labels.clamp(-1, num_classes).remainder(num_classes + 1)
     if 0 <= ignore_index < num_classes:
@@ -305,3 +278,8 @@ def _kept(make: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
 def is_capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_replaying() -> bool:
+    """Return whether a backward runs: the signal that FSDP2 uses, too."""
+    return torch._C._current_graph_task_id() != -1

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mvsc.classifier import reads_rows
 from mvsc.hosts import HOSTS
+from mvsc.sampling import is_replaying
 from mvsc.watch import Watch
 
 NOT_ATTACHED = (
@@ -48,18 +49,6 @@ _USED_UP = (
     "each forward, and reg.total(terms) for the weighted sum. For two label maps of one forward, "
     "as in MixUp, pass features and classifier to MVSCRegularizer, once for each map; take the "
     "features from the model's parts, since reg.features is detached."
-)
-ADDED = (
-    "add_to_loss has added them to the model's own loss in the last forward. Leave reg(labels) "
-    "out; to log the terms, attach without add_to_loss and add reg.total(terms)."
-)
-UNLABELLED = (
-    "the last forward had no labels. Pass labels to the model, or attach without add_to_loss and "
-    "add reg(labels) to the loss yourself."
-)
-PAST_THE_HOOKS = (
-    "the classifier ran, but not in a call of the model that is attached: somebody calls its "
-    "forward method. Attach to the module that is called."
 )
 _FAILED = "the last forward failed. Call the model again."
 _TWO_FORWARDS = (
@@ -224,12 +213,8 @@ class Tap:
         return seen.movedim(-1, 1) if reads_rows(self.classifier) else seen
 
     def _take(self) -> Tensor:
-        features, version, forwards, missing = (
-            self.features,
-            self.version,
-            self.forwards,
-            self.missing,
-        )
+        features, version = self.features, self.version
+        forwards, missing = self.forwards, self.missing
         self.clear(missing if features is None else _USED_UP)
         if self.classifier is None:
             raise RuntimeError(NOT_ATTACHED)
@@ -273,7 +258,7 @@ class Tap:
         return False
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+        if not torch.compiler.is_compiling() and not is_replaying():
             self.seen = None  # Not a map longer than it has to be.
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -317,7 +302,7 @@ def _is_plain_eager() -> bool:
     """Return whether tensors are what they seem: not compiled, traced, or replayed in backward."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    return torch._C._current_graph_task_id() == -1
+    return not is_replaying()
 
 
 def _entrance(model: nn.Module, path: str) -> str:

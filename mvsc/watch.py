@@ -17,8 +17,14 @@ from mvsc.sampling import is_capturing, labels_on_grid
 _STEPS_CHECKED_ON_DEVICE = 3
 """Steps in which labels on a device are read back and checked in full."""
 
-_STEPS_CHECKED_FOR_LOSS = 10
+_STEPS_CHECKED_FOR_LOST = 10
 """Steps with labels in which it is seen whether these reach the feature grid at all."""
+
+_LOST_BY_CHANCE = 3
+"""Steps in a row in which a small feature map may lose all labels."""
+
+_MASKS = 3
+"""Steps that have to look like a mask of 0 and 255."""
 
 _FEW = 8
 """Rows or columns of a feature map below which sizes show nothing, and labels little."""
@@ -54,8 +60,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.checks_left = _STEPS_CHECKED_ON_DEVICE
-        self.loss_checks_left = _STEPS_CHECKED_FOR_LOSS
-        self.masks_left = _STEPS_CHECKED_ON_DEVICE
+        self.lost_checks_left = _STEPS_CHECKED_FOR_LOST
+        self.masks_left = _MASKS
         self.lost_in_a_row = 0
         self.said: set[str] = set()
         self.idle_steps, self.version_seen = 0, 0
@@ -119,17 +125,17 @@ class Watch:
 
         Reads values, which have been read anyway to be checked.
         """
-        if self.loss_checks_left == 0:
+        if self.lost_checks_left == 0:
             return
         labelled = labels.long() != ignore_index
         if not bool(labelled.any()):
             return
-        self.loss_checks_left -= 1
+        self.lost_checks_left -= 1
         if bool((labels_on_grid(labels, size, num_classes, ignore_index) < num_classes).any()):
             self.lost_in_a_row = 0
             return
         self.lost_in_a_row += 1
-        if min(size) < _FEW and self.lost_in_a_row < _STEPS_CHECKED_ON_DEVICE:
+        if min(size) < _FEW and self.lost_in_a_row < _LOST_BY_CHANCE:
             return  # In a small map a single batch may lose its labels by chance.
         self.say(
             "lost",
@@ -193,9 +199,8 @@ class Watch:
             if self.values_seen is not None:  # Autograd may not count what moves them.
                 kept = False if centroids.grad is None else centroids.grad.any()
                 self.always_kept = kept & self.always_kept
-            version, before = centroids._version, self.version_at_backward
-            self.version_at_backward = version
-            moved = before is not None and version != before
+            last, self.version_at_backward = self.version_at_backward, centroids._version
+            moved = last is not None and last != centroids._version
             if centroids.grad is None or not moved or is_capturing(centroids.device):
                 return
             # Set to zero in place, or kept: that takes a look.

@@ -424,6 +424,11 @@ AGES = torch.zeros(5, dtype=torch.int64)
             "ages must have shape (num_classes,), got (1, 5). Keep one age for each class.",
         ),
         (
+            lambda: diagnostics.class_ages(AGES, LABELS.flatten()),
+            ValueError,
+            "labels must have shape (batch, *spatial) with one to three spatial axes, got (",
+        ),
+        (
             lambda: diagnostics.class_ages(AGES, LABELS.float()),
             TypeError,
             "labels must be an integer tensor of class indices, got torch.float32.",

@@ -163,10 +163,8 @@ def test_labels_that_are_padded_are_taken_in_silence_whatever_the_sizes():
 
 def test_sizes_that_came_before_are_not_compared_again_and_only_some_at_all(monkeypatch):
     calls = []
-    compare = attaching.why_not_the_logits
-    monkeypatch.setattr(
-        attaching, "why_not_the_logits", lambda *each: calls.append(1) or compare(*each)
-    )
+    compare = attaching.compare
+    monkeypatch.setattr(attaching, "compare", lambda *each: calls.append(1) or compare(*each))
     model = Plain()
     reg = attach(model, classifier="classifier")
     for number, size in enumerate([8, 8, 9, 8, 9, *range(10, 30)]):

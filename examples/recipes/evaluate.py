@@ -94,14 +94,24 @@ def logits_at(
     Returns:
         float32, ``(num_classes, *size)``.
     """
-    fitted = fit(image.shape[1], image.shape[2], scale)
-    image = v2.functional.resize(image, list(fitted), antialias=True)
-    normal = segmenter.normalize(image[None])
+    normal = fitted(segmenter, image, scale)
     if window is None:
-        logits = _padded(segmenter.model, normal)
+        logits = _logits(segmenter.model, normal)
     else:
         logits = _slide(segmenter.model, normal, window, stride or max(2 * window // 3, 1))
     return F.interpolate(logits, size, mode="bilinear")[0]
+
+
+def fitted(segmenter: Segmenter, image: Tensor, scale: tuple[int, int]) -> Tensor:
+    """Fit an image, uint8 ``(3, height, width)``, into ``scale``: a batch of one, normalised."""
+    size = fit(image.shape[1], image.shape[2], scale)
+    return segmenter.normalize(v2.functional.resize(image, list(size), antialias=True)[None])
+
+
+def padded(images: Tensor) -> Tensor:
+    """Pad a batch to sides that are multiples of 32, as encoders want; 0 is the mean colour."""
+    height, width = images.shape[2:]
+    return F.pad(images, (0, -width % 32, 0, -height % 32))
 
 
 def check_window(window: int | None, stride: int | None = None) -> None:
@@ -115,10 +125,9 @@ def check_window(window: int | None, stride: int | None = None) -> None:
         )
 
 
-def _padded(model: nn.Module, images: Tensor) -> Tensor:
-    # Encoders want sides that are multiples of 32; 0 is the mean colour.
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    images = F.pad(images, (0, -width % 32, 0, -height % 32))
+    images = padded(images)
     logits, _ = logits_of(model(images), (images.shape[2], images.shape[3]))
     return logits[:, :, :height, :width].float()
 
@@ -129,7 +138,7 @@ def _slide(model: nn.Module, images: Tensor, window: int, stride: int) -> Tensor
     for top in _starts(height, window, stride):
         for left in _starts(width, window, stride):
             part = (..., slice(top, top + window), slice(left, left + window))
-            logits = _padded(model, images[part])
+            logits = _logits(model, images[part])
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], height, width)
             total[part] += logits
@@ -231,8 +240,6 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
         raise ValueError(f"{path} holds no recipe. Name weights that train.py wrote.")
     recipe, classes = Recipe.from_dict(about["recipe"]), about["classes"]
     segmenter = build(replace(recipe, pretrained=False), len(classes))
-    if "mean" in about:
-        segmenter = segmenter._replace(mean=tuple(about["mean"]), std=tuple(about["std"]))
     for name in set(tensors) - set(segmenter.model.state_dict()):
         give_bias(segmenter.model, name, tensors[name])
     segmenter.model.load_state_dict(tensors)

@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms import v2
 
 from commands import run
 from data import IGNORE, open_split, read_image
-from evaluate import check_classes, load_segmenter, logits_at, pick_device
-from loading import fit
+from evaluate import check_classes, fitted, load_segmenter, logits_at, padded, pick_device
 from models import Segmenter, features_of
 from mvsc import plotting
 from pictures import predictions, training_report
@@ -146,14 +143,13 @@ def draw_scene(
     if centroids is None:
         return pictures
 
-    fitted = fit(*size, scale)
-    small = v2.functional.resize(image, list(fitted), antialias=True).to(device)
-    normal = F.pad(segmenter.normalize(small[None]), (0, -fitted[1] % 32, 0, -fitted[0] % 32))
-    features = features_of(segmenter, normal)
+    whole = fitted(segmenter, image.to(device), scale)
+    images = padded(whole)
+    features = features_of(segmenter, images)
     # The padding is no part of the picture.
-    shares = (fitted[0] / normal.shape[2], fitted[1] / normal.shape[3])
     height, width = (
-        max(round(side * share), 1) for side, share in zip(features.shape[2:], shares, strict=True)
+        max(round(features.shape[axis] * whole.shape[axis] / images.shape[axis]), 1)
+        for axis in (2, 3)
     )
     pixels = torch.bincount(label[label != IGNORE].long(), minlength=len(names))
     present = [c for c in pixels.argsort(descending=True).tolist() if pixels[c] > 0][:most]

@@ -74,7 +74,7 @@ class MVSCEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
 
     Raises:
         ValueError: if the last decode head has no ``conv_seg`` with one output for each class:
-            K-Net, Segmenter, PointRend and the mask classifiers have none.
+            K-Net, Segmenter's mask head, PointRend and those that classify masks have none.
     """
 
     def __init__(self, *args: Any, mvsc: dict[str, Any] | None = None, **kwargs: Any) -> None:

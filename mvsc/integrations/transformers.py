@@ -1,7 +1,7 @@
 """transformers' Trainer: one line between ``Trainer(...)`` and ``train()``.
 
-``attach(model, add_to_loss=True)`` is all that a loop of one's own needs. A Trainer also makes the
-optimizer and the checkpoints, so the centroids have to come into both::
+``attach(model, add_to_loss=True)`` leaves a loop of one's own the line for the optimizer. A Trainer
+makes optimizer and checkpoints itself, so the centroids have to come into both::
 
     trainer = Trainer(model=model, args=args, train_dataset=dataset)
     reg = attach_to_trainer(trainer, groups=4)
@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mvsc.attach import AddToLoss, AttachedRegularizer, attach
+from mvsc.add_to_loss import AddToLoss
+from mvsc.attach import AttachedRegularizer, attach
 from mvsc.tap import Hook
 
 FILE_NAME = "mvsc.pt"
@@ -51,38 +52,7 @@ def attach_to_trainer(
         ValueError: if the Trainer shards its model by FSDP1, makes it in ``train``, keeps the
             labels from it, or came with a scheduler of its own.
     """
-    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2:
-        raise ValueError(
-            "trainer must shard its model by FSDP2, got FSDP1, whose classifier has no weights "
-            'outside of forward. Use fsdp_config={"version": 2}.'
-        )
-    if fsdp is not None or trainer.is_deepspeed_enabled:
-        options = {"optimizer": "own"} | options
-        if options["optimizer"] == "host":
-            raise ValueError(
-                'optimizer must be "own" with FSDP and DeepSpeed, whose optimizer takes the '
-                'parameters of the model only, got "host". Leave it out.'
-            )
-    if trainer.model_init is not None:
-        raise ValueError(
-            "trainer must have its model already, since train() makes another one with "
-            "model_init. Pass model= instead."
-        )
-    without_labels = trainer.label_smoother is not None or trainer.compute_loss_func is not None
-    if add_to_loss and without_labels:
-        raise ValueError(
-            "trainer must leave the loss to the model, since with label smoothing or a "
-            "compute_loss_func the model gets no labels. Use add_to_loss=False, and add "
-            "reg(labels) in a compute_loss of your own."
-        )
-    own = options.get("optimizer", "host") != "host"
-    if trainer.lr_scheduler is not None and not own:
-        raise ValueError(
-            "trainer must make its scheduler itself, since one that exists does not know the "
-            "centroids. Pass optimizers=(optimizer, None), and attach before train(), or use "
-            'optimizer="own".'
-        )
+    options = _checked(trainer, add_to_loss, options)
     model = cast(nn.Module, trainer.model)
     reg = attach(model, **options)
     if add_to_loss:
@@ -112,11 +82,47 @@ def attach_to_trainer(
         reg.load_state_dict(torch.load(file, weights_only=True))
 
     # The methods that a subclass would override.
-    if not own:
+    if options.get("optimizer", "host") == "host":
         trainer.create_optimizer = create_optimizer_with_centroids  # type: ignore[method-assign, unused-ignore]
     trainer._load_optimizer_and_scheduler = load_checkpoint_with_centroids  # type: ignore[method-assign, unused-ignore]
     trainer.add_callback(_Centroids(reg))
     return reg
+
+
+def _checked(trainer: Trainer, add_to_loss: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """Raise unless the Trainer can take MVSC; return the options, with what its engine needs."""
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and getattr(fsdp, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "trainer must shard its model by FSDP2, got FSDP1, whose classifier has no weights "
+            'outside of forward. Use fsdp_config={"version": 2}.'
+        )
+    if fsdp is not None or trainer.is_deepspeed_enabled:
+        options = {"optimizer": "own"} | options
+        if options["optimizer"] == "host":
+            raise ValueError(
+                'optimizer must be "own" with FSDP and DeepSpeed, whose optimizer takes the '
+                'parameters of the model only, got "host". Leave it out.'
+            )
+    if trainer.model_init is not None:
+        raise ValueError(
+            "trainer must have its model already, since train() makes another one with "
+            "model_init. Pass model= instead."
+        )
+    without_labels = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+    if add_to_loss and without_labels:
+        raise ValueError(
+            "trainer must leave the loss to the model, since with label smoothing or a "
+            "compute_loss_func the model gets no labels. Use add_to_loss=False, and add "
+            "reg(labels) in a compute_loss of your own."
+        )
+    if trainer.lr_scheduler is not None and options.get("optimizer", "host") == "host":
+        raise ValueError(
+            "trainer must make its scheduler itself, since one that exists does not know the "
+            "centroids. Pass optimizers=(optimizer, None), and attach before train(), or use "
+            'optimizer="own".'
+        )
+    return options
 
 
 class _Share:

@@ -1,0 +1,181 @@
+"""Adding the loss to that of a model that gets labels: no training loop has to be touched."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, MutableMapping
+from functools import partial
+from inspect import Parameter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mvsc.regularizer import MVSCRegularizer
+from mvsc.tap import Hook, Tap
+from mvsc.watch import warn
+
+_IDLE_FORWARDS = 10
+"""Forwards in which add_to_loss had nothing to add, from the first on, after which it says so."""
+
+_ADDED = (
+    "add_to_loss has added them to the model's own loss in the last forward. Leave reg(labels) "
+    "out; to log the terms, attach without add_to_loss and add reg.total(terms)."
+)
+_UNLABELLED = (
+    "the last forward had no labels. Pass labels to the model, or attach without add_to_loss and "
+    "add reg(labels) to the loss yourself."
+)
+_PAST_THE_HOOKS = (
+    "the classifier ran, but not in a call of the model that is attached: somebody calls its "
+    "forward method. Attach to the module that is called."
+)
+
+
+class AddToLoss:
+    """A client of the tap that adds the loss in the forward of a model that gets labels.
+
+    Features and labels come in one forward, so nothing is left open by a forward without labels,
+    or by one that failed.
+
+    Args:
+        tap: open on the model.
+        regularizer: whose loss is added. Not the attached one, which may go: who attaches again
+            takes its place.
+        scale: asked in each forward for a factor of the loss.
+    """
+
+    def __init__(
+        self,
+        tap: Tap,
+        regularizer: MVSCRegularizer,
+        scale: Callable[[], float] | None = None,
+    ) -> None:
+        self.tap, self.regularizer, self.scale = tap, regularizer, scale
+        self.inside, self.idle = False, 0
+        self.named = 0
+        self.position: int | None = None
+
+    def open(self, model: nn.Module) -> None:
+        """Hook on to the model.
+
+        Raises:
+            ValueError: if it takes no labels; the tap is closed.
+        """
+        own = found = inspect.signature(model.forward).parameters
+        kinds = [each.kind for each in own.values()]
+        if "labels" not in own and {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} & {*kinds}:
+            # It hands on what it gets: the method in its place, or the model inside, has the names.
+            bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
+            hidden: list[Callable[..., Any]] = [partial(base.forward, model) for base in bases]
+            hidden += [module.forward for module in model.modules()]
+            inner = (inspect.signature(forward).parameters for forward in hidden)
+            found = next((each for each in inner if "labels" in each), own)
+        if "labels" not in found:
+            self.tap.close()
+            raise ValueError(
+                "add_to_loss needs a model that takes labels and returns a loss, got "
+                f"{type(model).__name__}, which takes {', '.join(own)}. "
+                "Add reg(labels) to the loss yourself."
+            )
+        # Behind other names than those inside nobody knows what is handed on, and where.
+        self.named = sum(kind < Parameter.VAR_POSITIONAL for kind in kinds)
+        same = [*own][: self.named] == [*found][: self.named]
+        if same and found["labels"].kind < Parameter.VAR_POSITIONAL:
+            self.position = [*found].index("labels")
+        classifier = cast(nn.Module, self.tap.classifier)
+        self.tap.handles += [
+            classifier.register_forward_pre_hook(Hook(self, self._before_classifier)),
+            model.register_forward_pre_hook(Hook(self, self._before)),
+            model.register_forward_hook(
+                Hook(self, self._after), with_kwargs=True, always_call=True
+            ),
+        ]
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.inside = True
+        if self.tap.listens(module):
+            self.tap.clear()
+
+    def _before_classifier(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.inside and self.tap.listens(module):
+            self._notice_nothing_added(_PAST_THE_HOOKS)
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        self.inside = False
+        listens = self.tap.listens(module)
+        labels = kwargs.get("labels")
+        if labels is None and self.position is not None and len(args) > self.position:
+            labels = args[self.position]
+        if not listens:
+            evaluates = self.tap.classifier is not None and not self.tap.classifier.training
+            if evaluates and labels is not None and torch.is_grad_enabled():
+                self._notice_nothing_added(self.tap.missing)
+            return output
+        if output is None or labels is None:  # None: the forward has failed.
+            self.tap.clear(_UNLABELLED)
+            if self.position is None and len(args) > self.named and _find_loss(output) is not None:
+                raise RuntimeError(
+                    f"add_to_loss cannot tell which argument of {type(module).__name__} is labels. "
+                    "Pass it by name, labels=..., or attach without add_to_loss and add "
+                    "reg(labels) to the loss yourself."
+                )
+            if output is not None:
+                self._notice_nothing_added(_UNLABELLED)
+            return output
+        self.idle = -1
+        key = _find_loss(output)
+        if key is None:
+            self.tap.clear()
+            raise RuntimeError(
+                f"{type(module).__name__} returned no loss for these labels to add to: a "
+                f"{type(output).__name__} without a scalar called loss, and without one that is "
+                "its only scalar with a gradient. Attach without add_to_loss, and add reg(labels) "
+                "to the loss yourself."
+            )
+        loss = self.tap.use(self.regularizer, labels)
+        self.tap.missing = _ADDED
+        if self.scale is not None:
+            loss = self.scale() * loss
+        return _add_to(output, key, loss)
+
+    def _notice_nothing_added(self, why: str) -> None:
+        """Warn once if there was no forward so far in which something was added."""
+        if torch.compiler.is_compiling() or self.idle < 0:
+            return
+        self.idle += 1
+        if self.idle == _IDLE_FORWARDS:
+            warn(f"add_to_loss has had nothing to add in {_IDLE_FORWARDS} forwards: {why}")
+
+
+def _find_loss(output: Any) -> Any:
+    """Return the name of the loss in a model's output, in a tuple its index; None if unclear."""
+    if isinstance(output, (tuple, list)):
+        names = getattr(output, "_fields", ())
+        places = [names.index("loss")] if "loss" in names else range(len(output))
+        found = [i for i in places if _is_scalar(output[i]) and output[i].requires_grad]
+        return found[0] if len(found) == 1 else None
+    mapping = isinstance(output, MutableMapping)
+    loss = output.get("loss") if mapping else getattr(output, "loss", None)
+    return "loss" if _is_scalar(loss) else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point()
+
+
+def _add_to(output: Any, key: Any, loss: Tensor) -> Any:
+    """Return the output, of the type that it has, with something added to what is at ``key``."""
+    if isinstance(output, tuple):
+        parts = [*output]
+        parts[key] = parts[key] + loss
+        return getattr(output, "_make", tuple)(parts)
+    if isinstance(output, (MutableMapping, list)):
+        output[key] = output[key] + loss
+        return output
+    try:
+        output.loss = output.loss + loss
+    except dataclasses.FrozenInstanceError:
+        output = dataclasses.replace(output, loss=output.loss + loss)
+    return output

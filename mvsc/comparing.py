@@ -1,0 +1,227 @@
+"""Is what left a layer what the model returns, up to a resize, a softmax or a crop?"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvsc.checks import on_grid
+from mvsc.classifier import reads_rows
+
+_SAME = 1e-3
+"""Relative distance up to which a layer's resized output is taken for the logits."""
+
+_ALIKE = 0.3
+"""The same for a forward in training, whose resize may be of another kind."""
+
+_STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
+"""Strides that models have."""
+
+_REARRANGED = (
+    "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle, a "
+    "reshape or a cut follows. Pass the features to MVSCRegularizer, with a callable that cuts as "
+    "the model does, or else with an auxiliary 1x1 classifier that has a cross-entropy of its own."
+)
+
+
+def classes_second(layer: nn.Module, output: Tensor) -> Tensor:
+    """Return the output of a linear layer as ``(batch, classes, *spatial)``, a view."""
+    return output.movedim(-1, 1) if reads_rows(layer) and output.ndim > 2 else output
+
+
+def difference(answers: list[Tensor], logits: Tensor) -> str:
+    """Say why the answers of a layer are not the logits; '' if they are, up to a resize."""
+    if len(answers) != 1:
+        return f"called {len(answers)} times in one forward"
+    pairs = _pairs(answers[0], logits)
+    if not pairs:
+        return f"gives {tuple(answers[0].shape)}, the logits are {tuple(logits.shape)}"
+    if any(_is_resized(a, b) for a, b in pairs):
+        return ""
+    cropped = any(_padded_by(a, b) is not None for a, b in pairs)
+    return "the logits are its output, cropped" if cropped else "its output is not the logits"
+
+
+class Verdict(NamedTuple):
+    """What a forward tells of a classifier."""
+
+    padded: tuple[tuple[int, ...], tuple[int, ...]] | None
+    """The size that the model pads its images to and that of the logits, if it crops these."""
+    reason: str = ""
+    """Why the answer is not what is returned; '' if, resized, it is."""
+
+
+def compare(answer: Tensor, output: Any) -> Verdict | None:
+    """Compare a classifier's answer with what the model returns.
+
+    Args:
+        answer: what left the classifier in a forward, in training mode or not; classes second.
+        output: what left the model: a tensor, or tensors in lists, mappings and data classes.
+
+    Returns:
+        The verdict; None if it is open: nothing that is returned has its batch, classes and axes,
+        or an activation made it.
+    """
+    maps = [each for each in tensors_in(output) if each.ndim > 2 and len(each) == len(answer)]
+    pairs = [pair for each in tensors_in(output) for pair in _pairs(answer, each)]
+    # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
+    first = [(a[:1], b[:1]) for a, b in pairs]
+    if not pairs:
+        parts = [each for each in maps if _is_rearranged(answer[:1], each[:1])]
+        if not parts:
+            return None
+        return Verdict(None, _REARRANGED.format(answer.shape[1], parts[0].shape[1]))
+    exact = [_without_softmax(a, b) for a, b in first]
+    if any(_is_resized(a, b) for a, b in exact):
+        return Verdict(None)
+    for a, b in exact:
+        if (padded := _padded_by(a, b)) is not None:
+            return Verdict((padded, tuple(b.shape[2:])))
+    finite = all(bool(each.isfinite().all()) for each in first[0])
+    if not finite or any(_alike(a, b) for a, b in first):
+        return None
+    a, b = pairs[0]
+    reason = (
+        f"it gives {tuple(a.shape)} and the model returns {tuple(b.shape)}, which is not a resize "
+        "of that: a residual or a layer with weights follows. Name the last linear layer "
+        "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer."
+    )
+    return Verdict(None, reason)
+
+
+def sizes_of(answer: Tensor, output: Any) -> tuple[torch.Size, ...]:
+    """Return the sizes on which it depends whether a model pads; no values are read."""
+    return answer.shape[2:], *(each.shape[2:] for each in tensors_in(output))
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Go through all floating tensors of an output; scales stacked in the second axis, apart."""
+    if isinstance(output, Tensor):
+        strided = output.layout == torch.strided and not output.is_nested
+        if output.is_floating_point() and strided and not hasattr(output, "full_tensor"):
+            yield output.detach()
+            if output.ndim == 6 or (output.ndim == 5 and output.shape[1] < 6):
+                yield from output.detach().unbind(1)
+        return
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif isinstance(output, SimpleNamespace):
+        output = vars(output).values()
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        output = [getattr(output, field.name, None) for field in dataclasses.fields(output)]
+    elif not isinstance(output, tuple | list):
+        return
+    for value in output:
+        yield from tensors_in(value)
+
+
+def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Read an answer as the logits, whose classes are second or last; all that fits its classes.
+
+    Tokens are unfolded to the logits' grid. Of two dates the logits may be stacked, or belong to
+    the first half of the answer.
+    """
+    if logits.ndim == answer.ndim + 1 and answer.shape[0] == logits.shape[:2].numel():
+        logits = logits.flatten(0, 1)
+    elif logits.ndim == answer.ndim and answer.shape[0] == 2 * logits.shape[0]:
+        answer = answer[: logits.shape[0]]
+    if not (3 <= answer.ndim <= 5 and 3 <= logits.ndim <= 5):
+        return []
+    pairs = []
+    for each in (logits, logits.movedim(-1, 1)):
+        if each.shape[:2] != answer.shape[:2]:
+            continue
+        try:
+            unfolded = on_grid(answer, tuple(each.shape[2:]), None)
+        except ValueError:
+            continue
+        if unfolded.ndim == each.ndim:
+            pairs.append((unfolded, each))
+    return pairs
+
+
+def _without_softmax(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Make logits of probabilities, or of their logarithms, and an answer to compare with these.
+
+    A softmax forgets the mean over the classes; a linear resize keeps it apart.
+    """
+    for logs in (logits.clamp_min(1e-30).log(), logits):
+        if answer.shape[1] > 1 and bool(((logs.exp().sum(1) - 1).abs() < 1e-2).all()):
+            return answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True)
+    return answer, logits
+
+
+_RESIZES: dict[int, list[dict[str, Any]]] = {
+    axes: [
+        *({"mode": modes[0], "align_corners": corners} for corners in (False, True)),
+        *({"mode": mode} for mode in ("nearest", "nearest-exact")),
+        *({"mode": mode, "align_corners": c} for mode in modes[1:] for c in (False, True)),
+    ]
+    for axes, modes in ((1, ["linear"]), (2, ["bilinear", "bicubic"]), (3, ["trilinear"]))
+}
+
+
+def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> bool:
+    """Return whether logits are a resized answer, up to a share of their length."""
+    # The tolerance is relative: at random weights all logits of some models are tiny.
+    answer, logits = answer.double(), logits.double()
+    if answer.shape == logits.shape:
+        return _relative(answer, logits) <= tolerance
+    ways = _RESIZES[answer.ndim - 2]
+    size = logits.shape[2:]
+    return any(_relative(F.interpolate(answer, size, **way), logits) <= tolerance for way in ways)
+
+
+def _relative(answer: Tensor, logits: Tensor) -> float:
+    return float((answer - logits).norm() / logits.norm().clamp_min(1e-30))
+
+
+def _alike(answer: Tensor, logits: Tensor) -> bool:
+    """Return whether logits, or what an activation made of them, are a resized answer."""
+    answer = answer.double()
+    for activation in (answer, answer.softmax(1), answer.sigmoid(), answer.log_softmax(1)):
+        if _is_resized(activation, logits, _ALIKE):
+            return True
+    if answer.shape[1] == 1:
+        return False
+    resized = F.interpolate(answer, logits.shape[2:], mode="nearest-exact")
+    return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
+
+
+def _is_rearranged(answer: Tensor, output: Tensor) -> bool:
+    """Return whether an output holds nothing but most values of an answer, in other classes."""
+    classes = answer.shape[1]
+    if classes == 1 or classes in output.shape[1:] or 2 * output.numel() <= answer.numel():
+        return False
+    return bool(torch.isin(output, answer).all())
+
+
+def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
+    """Return the size of an answer that was resized by a whole stride and cropped to the logits.
+
+    None if it was not.
+    """
+    answer, logits, size = answer.double(), logits.double(), logits.shape[2:]
+    for stride in _strides(answer.shape[2:], size):
+        padded = tuple(stride * n for n in answer.shape[2:])
+        if padded == tuple(size):
+            continue
+        for way in _RESIZES[answer.ndim - 2]:
+            whole = F.interpolate(answer, padded, **way)
+            for halves in (0, 1, 2):  # padded at the end, on both sides, at the beginning
+                part = whole
+                for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
+                    part = part.narrow(axis, (big - n) * halves // 2, n)
+                if _relative(part, logits) <= _SAME:
+                    return padded
+    return None
+
+
+def _strides(answer: torch.Size, logits: torch.Size) -> list[int]:
+    """Return by how much an answer may have been enlarged, before it was cropped to logits."""
+    least = max(-(-big // small) for small, big in zip(answer, logits, strict=True))
+    return [least, *(n for n in _STRIDES if least < n <= 2 * least)]
