@@ -33,6 +33,7 @@ import commands  # noqa: E402
 import evaluate  # noqa: E402
 import loading  # noqa: E402
 import models  # noqa: E402
+import parallel  # noqa: E402
 import predict  # noqa: E402
 import train as training  # noqa: E402
 import visualize  # noqa: E402
@@ -727,14 +728,14 @@ def test_an_engine_that_does_not_fit_is_refused(
 ):
     class Accelerator:
         num_processes, is_fsdp2 = 1, False
-        distributed_type = training.DistributedType("FSDP" if stage is None else "DEEPSPEED")
+        distributed_type = parallel.DistributedType("FSDP" if stage is None else "DEEPSPEED")
         state = SimpleNamespace(
             deepspeed_plugin=SimpleNamespace(
                 deepspeed_config={"zero_optimization": {"stage": stage}}
             )
         )
 
-    monkeypatch.setattr(training, "Accelerator", lambda **_: Accelerator)
+    monkeypatch.setattr(parallel, "Accelerator", lambda **_: Accelerator)
     with pytest.raises(ValueError, match=re.escape(told)):
         train(tiny(folder, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,6 @@ Under DeepSpeed the engine's own state lies beside ``last.pt``, a part for each 
 """
 
 import json
-import shutil
 import signal
 import threading
 import time
@@ -29,15 +28,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_state_dict,
-)
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -48,12 +40,20 @@ from data import IGNORE, open_split
 from evaluate import evaluate, print_scores
 from loading import key, reading, training_batches
 from metrics import read_metrics
-from models import AUXILIARY_WEIGHT, Segmenter, build, logits_of, parameter_groups
+from models import AUXILIARY_WEIGHT, build, logits_of, parameter_groups
 from mvsc import diagnostics
+from parallel import (
+    Engine,
+    described,
+    make_accelerator,
+    make_engine,
+    share_buffers,
+    takes_optimizer_apart,
+)
 from recipes import FREE, RECIPES, Recipe, check_recipe
 from weights import load_state, save_state, save_weights, write_whole
 
-STATE, ENGINE = "last.pt", "deepspeed"
+STATE = "last.pt"
 SHOWN = ("loss", "cross_entropy", "align", "pull", "classify", "group_similarity")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -63,8 +63,6 @@ Regularize = Callable[[nn.Module, Recipe], Any]
 """Makes what mvsc.attach makes: ``terms(labels)``, ``total(terms)``, ``param_group(lr=...)``."""
 
 Evaluate = Callable[..., dict[str, Any]]
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 AGREE_EVERY = 5
 """Steps after which several processes agree at the latest on whether to stop."""
@@ -123,7 +121,7 @@ def train(
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
     # These take the optimizer apart and know the model's parameters only. What the centroids' own
     # optimizer follows is its last group, the head's: the same learning rate.
-    own = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    own = takes_optimizer_apart(accelerator)
     reg = regularize(segmenter.model, recipe, **({"optimizer": "own"} if own else {}))
     optimizer = torch.optim.AdamW(parameter_groups(segmenter, recipe), lr=recipe.lr)
     if reg is not None:
@@ -132,13 +130,14 @@ def train(
             optimizer.add_param_group(reg.param_group(lr=recipe.lr * recipe.head_lr))
     schedule = warmup_then_poly(optimizer, recipe)
     model, optimizer = accelerator.prepare(segmenter.model, optimizer)
+    engine = make_engine(accelerator, segmenter.model, model, optimizer)
 
-    run = Run(recipe, accelerator, model, segmenter, reg, optimizer, schedule, list(data.classes))
+    run = Run(recipe, accelerator, engine, reg, schedule, list(data.classes))
     step = run.start()
 
     def judge(step: int) -> None:
         share_buffers(segmenter.model, processes)
-        with whole(segmenter.model):
+        with engine.whole():
             scores = evaluate(segmenter, val, recipe, device, rank, processes)
         run.validated(step, scores)
         run.save(step)
@@ -195,47 +194,6 @@ def train(
     return run.scores
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Set up processes, devices, precision and engine, as the launcher asks for them.
-
-    Raises:
-        ValueError: if the engine or the number of processes does not fit.
-    """
-    accelerator = Accelerator(
-        cpu=recipe.cpu,
-        mixed_precision=recipe.precision,
-        gradient_accumulation_steps=recipe.accumulate,
-    )
-    parts = accelerator.num_processes * recipe.accumulate
-    if recipe.batch_size % parts:
-        raise ValueError(
-            "batch_size must be a multiple of processes x accumulate, "
-            f"{accelerator.num_processes} x {recipe.accumulate}, got {recipe.batch_size}."
-        )
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "the engine must be DDP, FSDP2 or DeepSpeed, got FSDP1. Use accelerate launch "
-            "--config_file examples/recipes/fsdp2.yaml, or torchrun."
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        stage = config["zero_optimization"]["stage"]
-        if stage == 3:
-            raise ValueError(
-                "the stage of ZeRO must be at most 2, got 3, whose weights are in parts, too. Use "
-                "accelerate launch --config_file examples/recipes/fsdp2.yaml, which parts the same."
-            )
-        if recipe.precision == "fp16":
-            raise ValueError("precision must be no or bf16 under DeepSpeed, got fp16.")
-        # What Accelerate puts there casts the whole model, and its batch norms.
-        config["bf16"] = {"enabled": False}
-        config["torch_autocast"] = {"enabled": recipe.precision == "bf16", "dtype": "bfloat16"}
-        config["train_micro_batch_size_per_gpu"] = recipe.batch_size // parts
-        # Accelerate drops a 0 of its own file, and DeepSpeed's default is to clip.
-        config.setdefault("gradient_clipping", 0.0)
-    return accelerator
-
-
 def losses(
     model: nn.Module, reg: Any, criterion: Criterion, images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
@@ -258,26 +216,6 @@ def warmup_then_poly(optimizer: torch.optim.Optimizer, recipe: Recipe) -> Any:
     rise = LinearLR(optimizer, start_factor=1e-6, total_iters=warmup)
     fall = PolynomialLR(optimizer, total_iters=recipe.steps - warmup)
     return SequentialLR(optimizer, [rise, fall], milestones=[warmup])
-
-
-def share_buffers(model: nn.Module, processes: int) -> None:
-    """Give every process the first one's batch norm statistics, which are those that are saved."""
-    if processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-@contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Gather sharded weights for a while, in which processes may call the model at will."""
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for shard in shards:
-        shard.set_reshard_after_forward(False, recurse=False)
-        shard.unshard()
-    yield
-    for shard in shards:
-        shard.set_reshard_after_forward(shard is not model, recurse=False)  # as Accelerate does
-        shard.reshard()
 
 
 @contextmanager
@@ -317,27 +255,15 @@ class Run:
         self,
         recipe: Recipe,
         accelerator: Accelerator,
-        prepared: nn.Module,
-        segmenter: Segmenter,
+        engine: Engine,
         reg: Any,
-        optimizer: Any,
         schedule: Any,
         classes: list[str],
     ) -> None:
         self.recipe, self.accelerator, self.classes = recipe, accelerator, classes
-        self.model, self.reg = segmenter.model, reg
-        self.parts = {"model": self.model, "optimizer": optimizer, "schedule": schedule}
-        if reg is not None:
-            self.parts["reg"] = reg
-        if accelerator.scaler is not None:
-            self.parts["scaler"] = accelerator.scaler
-        self.sharded = isinstance(self.model, FSDPModule)
-        # DeepSpeed writes weights and its optimizer's state itself, a file for each process.
-        self.engine: Any = None
-        self.files, self.files_step = 0, -1
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.engine, self.files = prepared, accelerator.num_processes
-            del self.parts["model"], self.parts["optimizer"]
+        self.engine, self.reg, self.schedule = engine, reg, schedule
+        parts = {"schedule": schedule, "reg": reg, "scaler": accelerator.scaler}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.folder = recipe.folder
         self.metrics, self.state = self.folder / "metrics.jsonl", self.folder / STATE
         self.main = accelerator.is_main_process
@@ -410,7 +336,7 @@ class Run:
         if self.seen:
             line |= {name: value.item() for name, value in self._diagnose(**self.seen).items()}
         self.looking, self.seen = False, {}
-        line["lr"] = self.parts["schedule"].get_last_lr()[0]
+        line["lr"] = self.schedule.get_last_lr()[0]
         line["seconds_per_step"] = (time.perf_counter() - self.since) / (step - self.logged)
         self.sums, self.counted, self.logged = {}, 0, step
         self._write(step, line, line)
@@ -438,7 +364,7 @@ class Run:
             tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items()))
         if scores["mIoU"] > self.best:
             self.best = scores["mIoU"]
-            self._save_weights("best", step, self._weights())
+            self._save_weights("best", step, self.engine.weights())
         self.since = time.perf_counter()
 
     def save(self, step: int, judged: bool = True) -> None:
@@ -446,26 +372,15 @@ class Run:
 
         A run that goes on from a state which is not ``judged`` begins with its validation.
         """
-        weights = self._weights()
+        weights = self.engine.weights()
         self._save_weights("last", step, weights)
-        states = {"model": weights} if "model" in self.parts else {}
-        if self.sharded:
-            optimizer = self.parts["optimizer"].optimizer
-            states["optimizer"] = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
-        if self.engine is not None and self.files_step != step:
-            self.engine.save_checkpoint(self.folder / ENGINE, f"step-{step}", save_latest=False)
-            self.accelerator.wait_for_everyone()
-            self.files_step = step
+        states = self.engine.save(self.folder, step, weights)
         if self.main:
-            for name, part in self.parts.items():
-                if name not in states:
-                    states[name] = part.state_dict()
+            states |= {name: part.state_dict() for name, part in self.parts.items()}
             about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "judged": judged}
-            found = {"best": self.best, "scores": self.scores, "files": self.files}
+            found = {"best": self.best, "scores": self.scores, "files": self.engine.files}
             save_state(self.state, {"step": step, **about, **found, **states})
-            for files in self.folder.glob(f"{ENGINE}/step-*"):
-                if files.name != f"step-{step}":
-                    shutil.rmtree(files)
+            self.engine.tidy(self.folder, step)
         self.since = time.perf_counter()
 
     def finish(self) -> None:
@@ -491,34 +406,17 @@ class Run:
                 f"{self.folder} holds a run on the classes {', '.join(state['classes'])}, the data "
                 f"have {', '.join(self.classes)}. Choose another folder with --out."
             )
-        if (files := state.get("files", 0)) != self.files:
+        if (files := state.get("files", 0)) != self.engine.files:
             raise ValueError(
-                f"{self.folder} holds a run of {engine_of(files)}, this is one of "
-                f"{engine_of(self.files)}. Go on with that, or choose another folder with --out."
+                f"{self.folder} holds a run of {described(files)}, this is one of "
+                f"{described(self.engine.files)}. Go on with that, or choose another folder with "
+                "--out."
             )
-        parts = dict(self.parts)
-        if self.sharded:
-            set_state_dict(
-                parts.pop("model"),
-                parts.pop("optimizer").optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-                options=WHOLE,
-            )
-        for name, part in parts.items():
+        self.engine.load(self.folder, state)
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.best, self.scores, self.judged = state["best"], state["scores"], state["judged"]
-        step = int(state["step"])
-        if self.engine is not None:
-            self.engine.load_checkpoint(self.folder / ENGINE, f"step-{step}")
-            self.files_step = step
-        return step
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Return the model's weights; where they are sharded, all processes gather them."""
-        if self.sharded:
-            return get_model_state_dict(self.model, options=WHOLE)
-        return self.model.state_dict()
+        return int(state["step"])
 
     def _save_weights(self, name: str, step: int, weights: dict[str, Tensor]) -> None:
         if not self.main:
@@ -535,11 +433,6 @@ class Run:
                 file.write(json.dumps({"step": step, **line}) + "\n")
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
-
-
-def engine_of(files: int) -> str:
-    """Say what wrote a state: DeepSpeed's is so many files beside it."""
-    return f"DeepSpeed in {files} processes" if files else "DDP or FSDP2"
 
 
 def check_same(recipe: Recipe, before: dict[str, Any]) -> None:
