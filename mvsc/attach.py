@@ -12,7 +12,7 @@ from mvsc.classifier import widths
 from mvsc.comparing import Verdict, classes_second, compare, sizes_of
 from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier
-from mvsc.hosts import HOSTS
+from mvsc.hosts import ASIDE, HOSTS
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.sampling import is_capturing
 from mvsc.tap import DATA_PARALLEL, Hook, Tap
@@ -245,6 +245,9 @@ class _FirstForward:
             return
         for handle in self.handles:
             handle.remove()
+        # An auxiliary head, which somebody has named, answers for itself.
+        if any(part in self.tap.path.lower() for part in ASIDE):
+            return
         if found is not None and not self.verdicts:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "

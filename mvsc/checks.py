@@ -131,7 +131,8 @@ def on_grid(
         )
         raise ValueError(
             f"features of {pixels} tokens have no grid of the ratio of the labels, "
-            f"{describe_sizes(size)}. {first} grid=({axes}) of the tokens."
+            f"{describe_sizes(size)}. {first} grid=({axes}) of the tokens. In an attached model "
+            "the classifier has to read these tokens alone."
         )
     if (more := pixels - math.prod(grid)) != 0:
         remedy = f"Pass {axes} of the tokens."

@@ -26,6 +26,13 @@ PixelLinear = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 # A tuple, since the compiler of torch 2.6 cannot ask for a union.
 _PIXEL_LINEAR = get_args(PixelLinear)
 
+_CONVOLVES = (
+    None,  # a Linear's
+    nn.Conv1d._conv_forward,
+    nn.Conv2d._conv_forward,
+    nn.Conv3d._conv_forward,
+)
+
 TRANSPOSED = (
     "A transposed convolution gives the places of a pixel different logits, so no answer for a "
     "pixel alone exists. Give the features that enter it an auxiliary 1x1 classifier with a "
@@ -61,6 +68,11 @@ def is_pixel_linear(module: nn.Module) -> bool:
 def widths(module: nn.Module) -> tuple[int, int]:
     """Return how many features a layer for which :func:`is_pixel_linear` holds reads and gives."""
     layer: Any = base_of(module)
+    weight = layer._parameters.get("weight")
+    plain = type(layer) in _PIXEL_LINEAR and type(weight) is nn.Parameter
+    if plain and getattr(layer, "groups", 1) == 1 and weight.ndim > 1:
+        # Where classes were cut off a pretrained layer, what it says of itself is stale.
+        return weight.shape[1], weight.shape[0]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
@@ -187,9 +199,11 @@ def classify_vectors(
     else:
         logits = _call(classifier, vectors, num_classes, axes)
     logits = logits.reshape(len(vectors), -1).to(vectors.dtype)
-    if logits.shape[1] != num_classes:
-        logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
-    return logits
+    if logits.shape[1] == num_classes:
+        return logits
+    if not _is_one_logit(logits.shape[1], num_classes):
+        raise ValueError(_wrong_classes(num_classes, logits.shape[1]))
+    return torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
 def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) -> Tensor:
@@ -230,6 +244,8 @@ def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
     own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
+    convolves = getattr(type(classifier), "_conv_forward", None)
+    own = own or convolves not in _CONVOLVES  # weight standardisation, for instance
     matrix = _stores_weights(classifier) and getattr(classifier, "groups", 1) == 1
     plain = type(classifier).forward in forwards and not own and matrix
     return plain and not _gathers_by_itself(classifier)

@@ -46,6 +46,15 @@ def difference(answers: list[Tensor], logits: Tensor) -> str:
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
 
 
+_MUCH = 4
+"""By how much a head of cosines multiplies, at least; a temperature may be less."""
+
+_SCALED = (
+    "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
+    "features and a callable that multiplies, too, to MVSCRegularizer."
+)
+
+
 class Verdict(NamedTuple):
     """What a forward tells of a classifier."""
 
@@ -81,6 +90,9 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
     for a, b in exact:
         if (padded := _padded_by(a, b)) is not None:
             return Verdict((padded, tuple(b.shape[2:])))
+    for a, b in first:
+        if (factor := _factor(a, b)) is not None:
+            return Verdict(None, _SCALED.format(factor))
     finite = all(bool(each.isfinite().all()) for each in first[0])
     if not finite or any(_alike(a, b) for a, b in first):
         return None
@@ -174,6 +186,21 @@ def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> boo
     ways = _RESIZES[answer.ndim - 2]
     size = logits.shape[2:]
     return any(_relative(F.interpolate(answer, size, **way), logits) <= tolerance for way in ways)
+
+
+def _factor(answer: Tensor, logits: Tensor) -> float | None:
+    """Return what a resized answer is multiplied by in the logits; None if by little or not."""
+    answer, logits = answer.double(), logits.double()
+    for way in _RESIZES[answer.ndim - 2]:
+        resized = F.interpolate(answer, logits.shape[2:], **way)
+        factor = float((resized * logits).sum() / resized.square().sum().clamp_min(1e-30))
+        if (
+            abs(factor) > _SAME
+            and not 1 / _MUCH < factor < _MUCH
+            and _relative(factor * resized, logits) <= _SAME
+        ):
+            return factor
+    return None
 
 
 def _relative(answer: Tensor, logits: Tensor) -> float:

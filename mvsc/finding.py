@@ -61,13 +61,17 @@ def find_classifier(
         return _not_lazy(model, named) if example is None else _prove(model, named, example)
     hosts = _hosts(model)
     path = _path_in_host(model, *hosts[0]) if len(hosts) == 1 else None
+    reader = None if path is None else _reader_behind(model, *hosts[0], path)
     if example is not None:
-        return _prove(model, path, example)
-    if path is not None:
+        return _prove(model, None if reader else path, example)
+    if path is not None and reader is None:
         return path
     candidates = _candidates(model) if hosts else _outside_other_models(model, _candidates(model))
     why, refused = "", refusal(model)
-    if len(hosts) > 1:
+    if path is not None:
+        candidates = {path: f"{reader!r}, behind it, reads as many channels"} | candidates
+        why = f"behind the classifier of {hosts[0][1].library}, or beside it"
+    elif len(hosts) > 1:
         why = f"in one of {len(hosts)} segmenters"
     elif hosts:
         why = f"not where {hosts[0][1].library} keeps a pixel classifier"
@@ -149,12 +153,17 @@ def _linear_inside(model: nn.Module, path: str) -> str:
 
 
 def _hosts(model: nn.Module) -> list[tuple[str, Host]]:
-    """Return path and library of each outermost segmenter of a known library in ``model``."""
+    """Return path and library of each outermost segmenter of a known library in ``model``.
+
+    One that is frozen, while other parts are trained, is a teacher.
+    """
     hosts: list[tuple[str, Host]] = []
+    trains = any(parameter.requires_grad for parameter in model.parameters())
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") or not outer for outer, _ in hosts):
             continue
-        if (host := host_of(module)) is not None:
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        if (host := host_of(module)) is not None and not (trains and frozen):
             hosts.append((path, host))
     return hosts
 
@@ -179,6 +188,22 @@ def _path_in_host(model: nn.Module, path: str, host: Host) -> str | None:
             module, names = _through_adapter(module, names)
             if is_pixel_linear(module):
                 return ".".join(names)
+    return None
+
+
+def _reader_behind(model: nn.Module, outer: str, host: Host, path: str) -> str | None:
+    """Return a layer that may read what the classifier at ``path`` gives: then it is none.
+
+    So the user's own layers that come after it: outside of the host, or in a subclass of it.
+    """
+    library = type(model.get_submodule(outer)).__module__.partition(".")[0] == host.library
+    given, behind = _width_given(model.get_submodule(path)), False
+    for name, layer in model.named_modules():
+        inside = not outer or name == outer or name.startswith(f"{outer}.")
+        own = not (inside and library) and not name.startswith(f"{path}.")
+        if behind and own and given > 1 and _width_read(layer) == given:
+            return str(name)
+        behind = behind or name == path
     return None
 
 
@@ -217,8 +242,10 @@ def _candidates(model: nn.Module) -> dict[str, str]:
         candidates[path] = ""
         if isinstance(layer, nn.Linear):
             candidates[path] = "a Linear, which may answer for something else than a pixel"
+        # "heads_seg" is no head for deep supervision.
+        parts = f"_{path.lower()}".replace(".", "._")
         for part, meaning in ASIDE.items():
-            if part in path.lower():
+            if part in parts:
                 candidates[path] = meaning
     return candidates or single
 

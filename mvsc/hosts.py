@@ -159,14 +159,17 @@ ASIDE = {
     "deep_super": "for deep supervision, by its name",
     "super_head": "for deep supervision, by its name",
     "out_blocks": "for deep supervision, by its name",
-    "ds_": "for deep supervision, by its name",
+    "_ds_": "for deep supervision, by its name",
     "lora_": "a part of an adapter, by its name",
     "original_module": "replaced by an adapter, by its name",
     "qkv": "a projection of an attention, by its name",
     "attn": "a part of an attention, by its name",
     "embed": "an embedding, by its name",
 }
-"""Parts of names that speak against a layer, in lower case, and what they mean."""
+"""Parts of names that speak against a layer, in lower case, and what they mean.
+
+Each part of a path begins with an underscore here.
+"""
 
 
 def refusal(model: nn.Module) -> Refusal | None:

@@ -24,10 +24,17 @@ def check_labels(
     is open, it may have more spatial axes than they have; None if the caller takes no ``grid=``.
     """
     if not isinstance(labels, Tensor):
+        maps = labels if isinstance(labels, list | tuple) else ()
+        shapes = [each.shape for each in maps if isinstance(each, Tensor)]
         array = isinstance(labels, list | tuple) or hasattr(labels, "__array__")
         remedy = "Use torch.as_tensor(labels)." if array else "Pass the label map of the batch."
-        if isinstance(labels, list | tuple) and any(isinstance(each, Tensor) for each in labels):
+        if shapes:
             remedy = "Use torch.stack(labels) for the maps of several images of one size."
+        if len(set(shapes)) > 1:
+            remedy = (
+                "Pad the maps of several images to one size with ignore_index; of maps of one "
+                "batch in several resolutions, as for deep supervision, pass the finest."
+            )
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {describe(labels)}. {remedy}"
         )
@@ -55,7 +62,8 @@ def check_labels(
         times, rest = divmod(features.shape[0], max(labels.shape[0], 1))
         again = (
             f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they come "
-            f"one after the other, torch.cat([labels] * {times}) if the whole batch comes again"
+            f"one after the other, torch.cat([labels] * {times}) if the whole batch comes again; "
+            "of images without labels append maps of ignore_index"
         )
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
@@ -194,6 +202,10 @@ def _of_channels(labels: Tensor) -> str:
     """Say what to do with a channel for each class, first or last, with one class or several."""
     if labels.is_meta or not labels.numel():
         return "Pass one class index for each pixel."
+    for axis in (1, -1):
+        # A grey picture that was read in colour.
+        if labels.shape[axis] == 3 and bool((labels == labels.narrow(axis, 0, 1)).all()):
+            return _of_values(labels.select(axis, 0), f"labels.select({axis}, 0)")
     values = labels.double()
     if bool(((values == 0) | (values == 255)).all()):
         values = values / 255

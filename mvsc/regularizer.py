@@ -586,7 +586,8 @@ class MVSCRegularizer(nn.Module):
             _count_step(self.step)
         elif not is_replaying():
             self.step += 1
-            self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
+            if torch.is_grad_enabled():  # Else nobody means to step.
+                self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
             if self._stepper is not None:
                 self._stepper.begin(self.centroids)
 

@@ -125,7 +125,8 @@ class Stepper:
         global _hook
         self._optimizer_of(owner.centroids)
         self.taken = None
-        self.zero = torch.zeros((), device=owner.centroids.device, requires_grad=True)
+        device = owner.centroids.device
+        self.zero = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         if _hook is None:
             _hook = register_optimizer_step_post_hook(_after_step)
         _steppers[owner] = self
@@ -145,20 +146,21 @@ class Stepper:
         at the first group's rate, and again, from where it began, at that of each that follows.
         """
         centroids, group, last = owner.centroids, host.param_groups[-1], self.taken
-        host_rate = float(group["lr"])
+        host_rate = float(group["lr"] or 0.0)
         now = {id(group["params"][0]) if group["params"] else id(group): host_rate}
         if last is not None and last.host() is not host:
             last = None
         optimizer = self._optimizer_of(centroids)
-        rate = self._rate(optimizer, group, host_rate)
         if centroids.grad is not None:
             if last is not None:
                 self._notice_schedule(owner, group, last.rates, now)
+            rate = self._rate(optimizer, group)
             along = self._mean_gradient(owner, centroids.grad)
             began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
             taken = Taken(ref(host), now, rate, *along, *began)
         elif last is not None and len(host.param_groups) == 1 and not now.keys() & last.rates:
             last.rates.update(now)
+            rate = self._rate(optimizer, group)
             if rate == last.rate:
                 return
             taken = last._replace(rate=rate)
@@ -177,12 +179,23 @@ class Stepper:
         centroids.grad = self.zero.grad = None
         self.taken, self.waiting, self.silent_steps = taken, False, 0
 
-    def _rate(self, optimizer: Optimizer, group: dict[str, Any], rate: float) -> float:
-        """Return the rate that goes with that of a host's group."""
-        if self.make == "own":
-            return rate
-        factor = rate / float(group["initial_lr"] or 1.0) if "initial_lr" in group else 1.0
-        return float(optimizer.defaults["lr"]) * factor
+    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> float:
+        """Return the rate that goes with that of a host's group; an Adafactor's may be None.
+
+        Raises:
+            ValueError: if there is none to follow.
+        """
+        rate = group["lr"]
+        if self.make != "own":
+            begun = group.get("initial_lr")
+            factor = 1.0 if rate is None or begun is None else float(rate) / float(begun or 1.0)
+            return float(optimizer.defaults["lr"]) * factor
+        if rate is None:
+            raise ValueError(
+                'optimizer="own" must have a learning rate to follow, got None in the last group '
+                f"of the model's. {_FOR_EXAMPLE}"
+            )
+        return float(rate)
 
     def _notice_schedule(
         self, owner: Owner, group: dict[str, Any], before: dict[int, float], now: dict[int, float]

@@ -28,21 +28,23 @@ NOT_ATTACHED = (
     "Call mvsc.attach on the model that is trained."
 )
 _NO_FORWARD = (
-    "no forward ran since, or none that called the classifier. Call the model first; if it takes "
-    "the classifier's weight without calling it, pass features and classifier to MVSCRegularizer; "
-    "if it, or another model of its class, was compiled and called without a regularizer, its "
-    "hooks do not run: attach before the first call, call torch.compiler.reset(), or set "
+    "no forward ran since, or none that called the classifier. Call the model first; if another "
+    "layer makes its logits, name it, classifier=...; if it takes the classifier's weight without "
+    "calling it, pass features and classifier to MVSCRegularizer; if it, or another model of its "
+    "class, was compiled and called without a regularizer, its hooks do not run: attach before the "
+    "first call, call torch.compiler.reset(), or set "
     "torch._dynamo.config.skip_nnmodule_hook_guards = False."
 )
 _EVALUATION = (
-    "the last forward ran in evaluation mode. Call model.train() before it; if the model is in "
-    "evaluation mode on purpose, as with frozen batch norm, put the classifier alone into training "
-    "mode, with model = model.module inside DistributedDataParallel: "
+    "the last forward ran in evaluation mode. Call model.train() before it, or in validation leave "
+    "reg(labels) out; if the model is in evaluation mode on purpose, as with frozen batch norm, "
+    "put the classifier alone into training mode (and reg, if it is a part of the model), with "
+    "model = model.module inside DistributedDataParallel: "
     "model.get_submodule({path!r}).train()."
 )
 _WITHOUT_GRADIENTS = (
-    "the last forward ran without gradients. Leave torch.no_grad() for it; if it is "
-    "checkpointed, set use_reentrant=False."
+    "the last forward ran without gradients. Leave torch.no_grad() for it, or in validation leave "
+    "reg(labels) out; if it is checkpointed, set use_reentrant=False."
 )
 _USED_UP = (
     "those of the last forward are used up. Call reg(labels) or reg.terms(labels) once for "
@@ -67,8 +69,10 @@ _NO_GRADIENT = (
     "use_reentrant=False."
 )
 _REPLACED = (
-    "The classifier was replaced since it was attached. Call detach() and attach again; if the new "
-    "one is more than a linear layer, pass features and classifier to MVSCRegularizer."
+    "The classifier was replaced since it was attached. Call detach() and attach again, with the "
+    "state_dict() of this regularizer where classes and width stayed, and its param_group() for "
+    "the optimizer; if the new one is more than a linear layer, pass features and classifier to "
+    "MVSCRegularizer."
 )
 _CHANGED = (
     "The features were changed in place after they were taken. Make the operation that follows "

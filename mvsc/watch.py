@@ -102,7 +102,8 @@ class Watch:
                 "the model pads its images and crops its logits, so labels of "
                 f"{describe_sizes(labels)} are stretched over images of {describe_sizes(padded)}. "
                 "Pad the labels with ignore_index to that size, in the same way: "
-                "F.pad(labels, (left, right, top, bottom), value=ignore_index).",
+                "F.pad(labels, (left, right, top, bottom), value=ignore_index). Where add_to_loss "
+                "hands on the model's own, attach without it and call reg(padded).",
             )
 
     def notice_sizes(self, features: tuple[int, ...], labels: tuple[int, ...]) -> None:

@@ -146,7 +146,7 @@ BUGS = [
     ("attach", "regularizer.to(device)", "regularizer", "the regularizer stays on the CPU"),
     ("finding", "    if len(fit) != 1 or _classifies_queries(model, fit[0], refused):", "    if not fit:", "the first of several candidates is guessed"),
     ("comparing", '    if any(_is_resized(a, b) for a, b in pairs):\n        return ""', '    if pairs:\n        return ""', "any layer of the right shape is proven"),
-    ("finding", "            if part in path.lower():", "            if False:", "an auxiliary head may be the classifier"),
+    ("finding", "            if part in parts:", "            if False:", "an auxiliary head may be the classifier"),
     ("finding", "            module.training = training\n", "            pass\n", "the example leaves the model in evaluation mode"),
     ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
     ("integrations/transformers", "            optimizer.add_param_group(reg.param_group())\n", "            pass\n", "the Trainer's optimizer does not get the centroids"),

@@ -468,3 +468,33 @@ def test_the_hooks_of_a_sharded_classifier_gather_its_weight_and_stay():
     classify_vectors(layer, torch.randn(5, DIM), CLASSES)
     classify_vectors(nn.Sequential(layer), torch.randn(5, DIM), CLASSES)
     assert calls == ["gathered", "gathered"]
+
+
+def test_of_a_layer_whose_classes_were_cut_off_the_weights_count():
+    layer = nn.Conv2d(DIM, 21, 1)
+    keep = [0, 7, 15]
+    layer.weight, layer.bias = (nn.Parameter(p.detach()[keep]) for p in (layer.weight, layer.bias))
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), layer)
+    reg = attach(model, classifier="1")
+    assert reg.regularizer.num_classes == 3
+    vectors = torch.randn(5, DIM)
+    expected = layer(vectors[..., None, None]).flatten(1)
+    assert_close(classify_vectors(layer, vectors, 3), expected)
+    with pytest.raises(ValueError, match="must return num_classes=21 logits, got 3"):
+        classify_vectors(layer, vectors, 21)
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, where convolutions are made for others to change them."""
+
+    def _conv_forward(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
+        weight = weight / weight.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+        return super()._conv_forward(inputs, weight, bias)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_convolution_that_computes_its_weight_on_the_way_is_called(compiled):
+    layer, vectors = Standardised(DIM, CLASSES, 1), torch.randn(5, DIM)
+    ask = torch.compile(classify_vectors, backend="eager") if compiled else classify_vectors
+    assert_close(ask(layer, vectors, CLASSES), layer(vectors[..., None, None]).flatten(1))

@@ -479,3 +479,72 @@ def test_the_loss_of_an_adapted_classifier_is_that_of_its_sum(images, labels):
 def test_deep_supervision_and_equal_widths_in_monai_do_not_mislead(name, arguments, path):
     nets = pytest.importorskip("monai.networks.nets")
     assert attach(getattr(nets, name)(2, **arguments)).classifier_path == path
+
+
+# A library's segmenter that is not the one that classifies.
+
+
+def unet(classes: int) -> nn.Module:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    return smp.FPN("tu-test_resnet", encoder_weights=None, classes=classes)
+
+
+class Extractor(nn.Module):
+    """A head of the user's own that reads what a library's segmenter gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.head = unet(16), nn.Conv2d(16, CLASSES, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.net(images))
+
+
+def subclass() -> nn.Module:
+    kind = type(unet(16))
+
+    class Own(kind):
+        def __init__(self) -> None:
+            super().__init__("tu-test_resnet", encoder_weights=None, classes=16)
+            self.head = nn.Conv2d(16, CLASSES, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(super().forward(images))
+
+    return Own()
+
+
+@pytest.mark.parametrize("make", [Extractor, subclass])
+def test_a_librarys_classifier_that_another_layer_reads_is_none(make):
+    with pytest.raises(ClassifierNotFoundError, match="'head', behind it, reads as many channels"):
+        attach(make())
+    assert attach(make(), classifier="head").classifier_path == "head"
+    assert attach(make(), example=torch.randn(2, 3, 64, 64)).classifier_path == "head"
+
+
+class Distilled(nn.Module):
+    """A teacher that is a library's, and a student."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.teacher, self.student = unet(CLASSES).requires_grad_(False), student
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.student(images)
+
+
+def test_a_frozen_teacher_is_not_taken():
+    path = "student.segmentation_head.0"
+    assert attach(Distilled(unet(CLASSES))).classifier_path == path
+    with pytest.raises(ClassifierNotFoundError, match="one of 2 that could be it"):
+        attach(Distilled(Net()))
+    # Of a whole that is frozen yet nothing is said.
+    frozen = Distilled(nn.Identity()).requires_grad_(False)
+    assert attach(frozen).classifier_path == "teacher.segmentation_head.0"
+
+
+def test_a_name_speaks_against_a_layer_where_a_word_of_it_begins():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, DIM, 1), "heads_seg": nn.Conv2d(DIM, CLASSES, 1)})
+    assert attach(model).classifier_path == "heads_seg"
+    model["ds_1"] = nn.Conv2d(DIM, CLASSES, 1)
+    assert attach(model).classifier_path == "heads_seg"

@@ -236,6 +236,21 @@ def test_labels_of_views_are_repeated_as_the_views_are(made):
     assert "repeat_interleave(2, 0) if they come one after the other, torch.cat" in message
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("form", [lambda y: y, lambda y: y.float(), lambda y: y / 255])
+def test_a_grey_picture_that_was_read_in_colour_has_one_channel_that_counts(axis, form):
+    y = right()
+    (end,) = follow(form(torch.stack([y] * 3, axis)))
+    assert torch.equal(end.long(), y)
+
+
+def test_maps_of_several_resolutions_are_not_to_be_stacked():
+    y = right()
+    message = ask([y, y[:, ::2, ::2]])
+    assert "as for deep supervision, pass the finest" in message
+    assert "stack" not in message
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(DIM, CLASSES), nn.Conv1d(DIM, CLASSES, 1)])
 def test_rows_of_pixels_are_one_place_each_as_the_error_says(layer):
     reg = MVSCRegularizer(CLASSES, DIM, 1)

@@ -254,6 +254,34 @@ def test_gradients_that_never_come_to_own_centroids_are_told():
     assert len(caught) == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_an_optimizer_that_finds_its_rate_itself_leaves_a_callable_its_own():
+    adafactor = pytest.importorskip("transformers").optimization.Adafactor
+    run = Run(SGD, adafactor)
+    before = run.reg.regularizer.centroids.clone()
+    run.train(2)
+    assert run.reg.regularizer._stepper.optimizer.param_groups[0]["lr"] == 0.1
+    assert not torch.equal(run.reg.regularizer.centroids, before)
+    with pytest.raises(ValueError, match=r"a learning rate to follow, got None in the last group"):
+        Run("own", adafactor).step()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_default_dtype_does_not_round_what_a_loss_was_multiplied_by(dtype):
+    factor = 65536.0 + 128  # more than half precision holds
+    runs = []
+    for default in (torch.float32, dtype):
+        run = Run(SGD, SGD)
+        torch.set_default_dtype(default)
+        try:
+            run.reg.regularizer._follow()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        run.step(factor)
+        runs.append(run.reg.regularizer.centroids)
+    assert torch.equal(*runs)
+
+
 def test_an_optimizer_that_wraps_another_steps_once():
     class Lookahead(torch.optim.Optimizer):
         def __init__(self, inner):

@@ -394,6 +394,43 @@ def test_two_losses_of_one_step_are_quiet():
         optimizer.step()
 
 
+class Scaled(nn.Module):
+    """A head of cosines, whose logits are multiplied behind the classifier."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.encoder, self.classifier = nn.Conv2d(3, DIM, 4, 4), nn.Conv2d(DIM, CLASSES, 1)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.scale * self.classifier(self.encoder(images))
+        return F.interpolate(logits, images.shape[2:], mode="bilinear")
+
+
+def test_logits_that_are_multiplied_behind_the_classifier_are_noticed():
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2, 32, 32))
+    step(Scaled(1.0), images, labels)
+    with pytest.warns(UserWarning, match="multiplies its output by 20, as heads of cosines do"):
+        step(Scaled(20.0), images, labels)
+
+
+def test_an_auxiliary_head_that_is_named_need_not_be_what_the_model_returns():
+    class Two(Scaled):
+        def __init__(self):
+            super().__init__(1.0)
+            self.aux_head = nn.Conv2d(DIM, CLASSES, 1)
+
+        def forward(self, images):
+            self.seen = self.aux_head(self.encoder(images))
+            return super().forward(images)
+
+    model = Two()
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2, 32, 32))
+    main, aux = attach(model, classifier="classifier"), attach(model, classifier="aux_head")
+    loss = F.cross_entropy(model(images), labels) + F.cross_entropy(model.seen, labels[:, ::4, ::4])
+    (loss + main(labels) + aux(labels)).backward()
+
+
 # Centroids that no optimizer moves.
 
 
@@ -456,6 +493,20 @@ def test_a_forgotten_regularizer_is_noticed_once(fused):
     with pytest.warns(UserWarning, match=r"optimizer does not know them") as seen:
         assert idle(lambda _: torch.optim.AdamW([other], fused=fused), steps=310) == 0
     assert len(seen) == 1
+
+
+def test_a_long_validation_without_gradients_is_no_idle_optimizer():
+    reg = MVSCRegularizer(CLASSES, DIM, 2)
+    batch = torch.randn(1, DIM, 4, 4), torch.randint(0, CLASSES, (1, 4, 4))
+    classifier = nn.Conv2d(DIM, CLASSES, 1)
+    optimizer = torch.optim.AdamW([reg.param_group()])
+    for _ in range(3):
+        optimizer.zero_grad()
+        reg(*batch, classifier).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for _ in range(250):
+            reg(*batch, classifier)
 
 
 def test_the_values_of_the_centroids_are_compared_once(monkeypatch):

@@ -36,6 +36,7 @@ def main() -> mvsc.AttachedRegularizer:
             use_cpu=not torch.cuda.is_available(),
         )
         model = SegformerForSemanticSegmentation(config)
+        model.accepts_loss_kwargs = False  # Its loss is a mean, which the Trainer is to average.
         trainer = Trainer(model=model, args=args, train_dataset=dataset)
         reg = attach_to_trainer(trainer, groups=4)  # The one line.
         trainer.train()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvsc.equations import MVSCTerms
 from mvsc.regularizer import MVSCRegularizer
 
 if importlib.util.find_spec("mmcv._ext") is None:
@@ -111,11 +112,17 @@ class MVSCEncoderDecoder(EncoderDecoder):  # type: ignore[misc]
             )
         labels = torch.stack([sample.gt_sem_seg.data.squeeze(0) for sample in data_samples])
         terms = self.mvsc_head.terms(features, labels, head.conv_seg)
-        for name, term in terms._asdict().items():
-            weight = getattr(self.mvsc_head, f"{name}_weight")
-            if weight > 0:
-                # mmengine adds up every entry that has "loss" in its name.
-                losses[f"mvsc.loss_{name}"] = weight * term
+        weighed = {
+            name: weight * term
+            for name, term in terms._asdict().items()
+            if (weight := getattr(self.mvsc_head, f"{name}_weight")) > 0
+        }
+        for name in [*weighed][:1]:
+            # An optimizer of their own learns in total() what the loss is multiplied by: once.
+            alone = MVSCTerms(*map(torch.zeros_like, terms))
+            weighed[name] = self.mvsc_head.total(alone._replace(**{name: getattr(terms, name)}))
+        # mmengine adds up every entry that has "loss" in its name.
+        losses |= {f"mvsc.loss_{name}": loss for name, loss in weighed.items()}
         return losses
 
     def _last_head(self) -> Any:

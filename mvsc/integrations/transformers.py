@@ -8,6 +8,7 @@ makes optimizer and checkpoints itself, so the centroids have to come into both:
     trainer.train()
 """
 
+import inspect
 import weakref
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from mvsc.add_to_loss import AddToLoss
 from mvsc.attach import AttachedRegularizer, attach
 from mvsc.tap import Hook
+from mvsc.watch import warn
 
 FILE_NAME = "mvsc.pt"
 
@@ -50,13 +52,14 @@ def attach_to_trainer(
 
     Raises:
         ValueError: if the Trainer shards its model by FSDP1, makes it in ``train``, keeps the
-            labels from it, or came with a scheduler of its own.
+            labels from it, or came with a scheduler of its own; in ``train``, if it made an
+            optimizer that does not know the centroids.
     """
     options = _checked(trainer, add_to_loss, options)
     model = cast(nn.Module, trainer.model)
     reg = attach(model, **options)
-    if add_to_loss:
-        share = _Share(trainer)
+    share = _Share(trainer) if add_to_loss else None
+    if share is not None:
         AddToLoss(reg._tap, reg.regularizer, share).open(model)
         share.open(model, reg)
     create_optimizer = trainer.create_optimizer
@@ -85,7 +88,7 @@ def attach_to_trainer(
     if options.get("optimizer", "host") == "host":
         trainer.create_optimizer = create_optimizer_with_centroids  # type: ignore[method-assign, unused-ignore]
     trainer._load_optimizer_and_scheduler = load_checkpoint_with_centroids  # type: ignore[method-assign, unused-ignore]
-    trainer.add_callback(_Centroids(reg))
+    trainer.add_callback(_Centroids(reg, share))
     return reg
 
 
@@ -145,16 +148,39 @@ class _Share:
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.counted = kwargs.get("num_items_in_batch") is not None
 
+    def notice_means(self) -> None:
+        """Warn if the Trainer takes a model's loss for a sum, and its forward knows of no count.
+
+        Then a mean, as the segmenters of transformers have one, grows with the parts and the
+        processes of a step, and MVSC, which does not, is the less of it.
+        """
+        trainer: Any = self.trainer()
+        parts = trainer.args.gradient_accumulation_steps
+        average = getattr(trainer.args, "average_tokens_across_devices", False)
+        several = parts > 1 or (average and trainer.accelerator.num_processes > 1)
+        model = trainer.model
+        if several and self._adds_up(trainer) and not _takes(model, "num_items_in_batch"):
+            warn(
+                f"the Trainer adds up the losses of {type(model).__name__} over the parts and "
+                "processes of a step, as sums that are divided by num_items_in_batch, which its "
+                "forward does not name. If they are means, as those of transformers' segmenters, "
+                "MVSC counts for less and less beside them: set "
+                "trainer.model_accepts_loss_kwargs = False, and it averages."
+            )
+
+    def _adds_up(self, trainer: Any) -> bool:
+        # What older Trainers do not have, they do not do.
+        takes_counts = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        return takes_counts if scaled is None else bool(scaled)
+
     def __call__(self) -> float:
         trainer: Any = self.trainer()
         if trainer is None:
             return 1.0
         args = trainer.args
-        # What older Trainers do not have, they do not do.
-        takes_counts = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         share = 1.0
-        if takes_counts if scaled is None else scaled:
+        if self._adds_up(trainer):
             parts = args.gradient_accumulation_steps
             share /= getattr(trainer, "current_gradient_accumulation_steps", parts)
         if self.counted and getattr(args, "average_tokens_across_devices", False):
@@ -163,11 +189,33 @@ class _Share:
         return share
 
 
+def _takes(model: nn.Module, argument: str) -> bool:
+    """Return whether a model, a base class or a module inside names an argument of its forward."""
+    bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
+    forwards = [base.forward for base in bases] + [module.forward for module in model.modules()]
+    return any(argument in inspect.signature(forward).parameters for forward in forwards)
+
+
 class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Does for the centroids what the Trainer does for the parameters of its model only."""
 
-    def __init__(self, reg: AttachedRegularizer) -> None:
-        self.reg = reg
+    def __init__(self, reg: AttachedRegularizer, share: _Share | None) -> None:
+        self.reg, self.share = reg, share
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        centroids, optimizer = self.reg.regularizer.centroids, given.get("optimizer")
+        groups = [] if optimizer is None else optimizer.param_groups
+        known = any(each is centroids for group in groups for each in group["params"])
+        if groups and isinstance(centroids, nn.Parameter) and not known:
+            raise ValueError(
+                "trainer must have an optimizer that knows the centroids, got "
+                "one without them. Make it in create_optimizer, or add "
+                "reg.param_group() to it before its scheduler is made."
+            )
+        if self.share is not None:
+            self.share.notice_means()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
