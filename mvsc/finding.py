@@ -312,7 +312,8 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     listed = {name: reason or fits for name, reason in reasons.items()}
     refuted = [name for name in reasons if reasons[name]]
     if bool(((logits >= 0) & (logits <= 1)).all()):
-        open_still = refuted if path is None else [path]
+        elsewhere = _outside_other_models(model, dict.fromkeys(names, ""))
+        open_still = [n for n in refuted if not elsewhere[n]] if path is None else [path]
         refuted = [name for name in refuted if name not in open_still]
         for name in open_still:
             listed[name] += "; but the model returns probabilities, so no example can prove it"

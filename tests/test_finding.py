@@ -337,6 +337,25 @@ def test_a_model_of_transformers_that_is_no_segmenter_is_refused(model, config, 
         attach(made)
 
 
+def test_behind_probabilities_no_layer_of_a_model_that_segments_nothing_is_proposed():
+    hf = pytest.importorskip("transformers")
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 16}
+
+    class Sure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            config_ = hf.ViTConfig(**config, intermediate_size=8, num_labels=CLASSES)
+            self.vit = hf.ViTForImageClassification(config_)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.vit(images).logits.sigmoid()[..., None, None].expand(-1, -1, 4, 4)
+
+    with pytest.raises(ClassifierNotFoundError) as error:
+        attach(Sure(), example=torch.randn(2, 3, 16, 16))
+    assert "vit.classifier: Linear" in str(error.value)
+    assert "classifier=" not in str(error.value)
+
+
 def test_a_head_of_ones_own_on_a_model_of_transformers_is_found():
     hf = pytest.importorskip("transformers")
 
