@@ -220,6 +220,20 @@ BUGS = [
     ("comparing", "logs - logs.mean(1, keepdim=True)", "logs", "padding behind a softmax goes unnoticed"),
     ("attach", "if len(self.verdicts) == _SIZES_COMPARED or", "if self.verdicts or", "padding is looked for at the first size alone"),
     ("watch", "            self.lost_in_a_row = 0\n            return", "            return", "a small map that loses labels now and then is warned of"),
+    ("finding", "reader = None if path is None else _reader_behind(model, *hosts[0], path)", "reader = None", "a library's head that feeds another is taken"),
+    ("finding", "own = not (inside and library) and", "own = not inside and", "a layer behind the head of a subclass is overlooked"),
+    ("finding", "and not (trains and frozen)", "", "a frozen teacher is taken"),
+    ("finding", "open_still = [n for n in refuted if not elsewhere[n]]", "open_still = refuted", "a layer of no segmenter is proposed behind probabilities"),
+    ("classifier", "plain = type(layer) in _PIXEL_LINEAR and", "plain = False and", "a layer whose classes were cut off is taken at its word"),
+    ("classifier", "own = own or convolves not in _CONVOLVES", "own = own", "a convolution that computes its kernel is not called"),
+    ("comparing", "if (factor := _factor(a, b)) is not None:", "if False:", "logits that are multiplied go unnoticed"),
+    ("comparing", "not 1 / _MUCH < factor < _MUCH", "True", "a temperature is doubted"),
+    ("regularizer", "if torch.is_grad_enabled():  # Else", "if True:  # Else", "a long validation is taken for an idle optimizer"),
+    ("stepping", "self.zero = torch.zeros((), dtype=torch.float32, ", "self.zero = torch.zeros((), ", "what the loss was multiplied by is rounded"),
+    ("stepping", "factor = 1.0 if rate is None or begun is None", "factor = 1.0 if begun is None", "an optimizer without a rate crashes"),
+    ("labels", "if labels.shape[axis] == 3 and bool(", "if False and bool(", "a grey picture read in colour is lost"),
+    ("integrations/transformers", "if groups and isinstance(centroids, nn.Parameter)", "if False and isinstance(centroids, nn.Parameter)", "a Trainer's optimizer without centroids goes unnoticed"),
+    ("integrations/transformers", "if several and self._adds_up(trainer)", "if False and self._adds_up(trainer)", "means that are added up go unnoticed"),
 ]  # fmt: skip
 
 

@@ -262,6 +262,8 @@ def test_an_optimizer_that_finds_its_rate_itself_leaves_a_callable_its_own():
     run.train(2)
     assert run.reg.regularizer._stepper.optimizer.param_groups[0]["lr"] == 0.1
     assert not torch.equal(run.reg.regularizer.centroids, before)
+    run.optimizer.param_groups[-1]["initial_lr"] = 1e-3  # as of a schedule of transformers
+    run.step()
     with pytest.raises(ValueError, match=r"a learning rate to follow, got None in the last group"):
         Run("own", adafactor).step()
 
