@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import partial
 from inspect import Parameter
 from typing import Any, cast
@@ -61,15 +61,12 @@ class AddToLoss:
         Raises:
             ValueError: if it takes no labels; the tap is closed.
         """
-        own = found = inspect.signature(model.forward).parameters
+        own: Mapping[str, Parameter] = inspect.signature(model.forward).parameters
+        found = own
         kinds = [each.kind for each in own.values()]
         if "labels" not in own and {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} & {*kinds}:
             # It hands on what it gets: the method in its place, or the model inside, has the names.
-            bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
-            hidden: list[Callable[..., Any]] = [partial(base.forward, model) for base in bases]
-            hidden += [module.forward for module in model.modules()]
-            inner = (inspect.signature(forward).parameters for forward in hidden)
-            found = next((each for each in inner if "labels" in each), own)
+            found = next((each for each in arguments_inside(model) if "labels" in each), own)
         if "labels" not in found:
             self.tap.close()
             raise ValueError(
@@ -147,6 +144,18 @@ class AddToLoss:
         self.idle += 1
         if self.idle == _IDLE_FORWARDS:
             warn(f"add_to_loss has had nothing to add in {_IDLE_FORWARDS} forwards: {why}")
+
+
+def arguments_inside(model: nn.Module) -> Iterator[Mapping[str, Parameter]]:
+    """Go through the arguments of every forward that a model's own may hand on to.
+
+    So those of the classes that it derives from, and of the modules inside.
+    """
+    bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
+    forwards: list[Callable[..., Any]] = [partial(base.forward, model) for base in bases]
+    forwards += [module.forward for module in model.modules()]
+    for forward in forwards:
+        yield inspect.signature(forward).parameters
 
 
 def _find_loss(output: Any) -> Any:

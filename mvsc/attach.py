@@ -12,7 +12,7 @@ from mvsc.classifier import widths
 from mvsc.comparing import Verdict, classes_second, compare, sizes_of
 from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier
-from mvsc.hosts import ASIDE, HOSTS
+from mvsc.hosts import HOSTS, speaks_against
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.sampling import is_capturing
 from mvsc.tap import DATA_PARALLEL, Hook, Tap
@@ -246,9 +246,8 @@ class _FirstForward:
         for handle in self.handles:
             handle.remove()
         # An auxiliary head, which somebody has named, answers for itself.
-        if any(part in self.tap.path.lower() for part in ASIDE):
-            return
-        if found is not None and not self.verdicts:
+        named = speaks_against(self.tap.path)
+        if found is not None and not self.verdicts and not named:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "
                 f"for this loss: {found.reason}"

@@ -361,7 +361,7 @@ def _spreads(layer: _ConvNd) -> bool:
 
 
 def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]) -> Tensor:
-    """Return the answer in the centre of a region; raise unless it is a logit for each class."""
+    """Return the answer in the centre of a region; raise unless there is one for each vector."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"classifier must return a tensor of logits, got {checks.describe(logits)}."
@@ -380,8 +380,6 @@ def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]
             f"classifier must map ({count}, dim{asked}) to ({count}, {num_classes}{spans}), got "
             f"{shape}. Pass the model's last linear layer alone, without upsampling."
         )
-    if shape[1] != num_classes and not _is_one_logit(shape[1], num_classes):
-        raise ValueError(_wrong_classes(num_classes, shape[1]))
     for axis, region in enumerate(regions, start=2):
         if region.size > 1:
             logits = logits.narrow(axis, (shape[axis] - 1) // 2, 1)

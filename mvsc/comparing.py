@@ -18,6 +18,9 @@ _SAME = 1e-3
 _ALIKE = 0.3
 """The same for a forward in training, whose resize may be of another kind."""
 
+_MUCH = 4
+"""By how much a head of cosines multiplies, at least; a temperature may be less."""
+
 _STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
 """Strides that models have."""
 
@@ -25,6 +28,10 @@ _REARRANGED = (
     "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle, a "
     "reshape or a cut follows. Pass the features to MVSCRegularizer, with a callable that cuts as "
     "the model does, or else with an auxiliary 1x1 classifier that has a cross-entropy of its own."
+)
+_SCALED = (
+    "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
+    "features and a callable that multiplies, too, to MVSCRegularizer."
 )
 
 
@@ -44,15 +51,6 @@ def difference(answers: list[Tensor], logits: Tensor) -> str:
         return ""
     cropped = any(_padded_by(a, b) is not None for a, b in pairs)
     return "the logits are its output, cropped" if cropped else "its output is not the logits"
-
-
-_MUCH = 4
-"""By how much a head of cosines multiplies, at least; a temperature may be less."""
-
-_SCALED = (
-    "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
-    "features and a callable that multiplies, too, to MVSCRegularizer."
-)
 
 
 class Verdict(NamedTuple):

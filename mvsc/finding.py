@@ -21,6 +21,7 @@ from mvsc.hosts import (
     is_no_segmenter,
     refusal,
     refused_whole,
+    speaks_against,
 )
 
 logger = logging.getLogger("mvsc")
@@ -242,11 +243,7 @@ def _candidates(model: nn.Module) -> dict[str, str]:
         candidates[path] = ""
         if isinstance(layer, nn.Linear):
             candidates[path] = "a Linear, which may answer for something else than a pixel"
-        # "heads_seg" is no head for deep supervision.
-        parts = f"_{path.lower()}".replace(".", "._")
-        for part, meaning in ASIDE.items():
-            if part in parts:
-                candidates[path] = meaning
+        candidates[path] = speaks_against(path) or candidates[path]
     return candidates or single
 
 

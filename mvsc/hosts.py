@@ -166,10 +166,14 @@ ASIDE = {
     "attn": "a part of an attention, by its name",
     "embed": "an embedding, by its name",
 }
-"""Parts of names that speak against a layer, in lower case, and what they mean.
+"""What speaks against a layer in its name, in lower case, an underscore before each part."""
 
-Each part of a path begins with an underscore here.
-"""
+
+def speaks_against(path: str) -> str:
+    """Return what the name of a layer says against it, or ''."""
+    parts = f"_{path.lower()}".replace(".", "._")  # "heads_seg" has no part that begins with ds_
+    found = [meaning for part, meaning in ASIDE.items() if part in parts]
+    return found[-1] if found else ""
 
 
 def refusal(model: nn.Module) -> Refusal | None:

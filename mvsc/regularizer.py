@@ -63,9 +63,8 @@ class MVSCRegularizer(nn.Module):
     added to the model's own loss. Nothing of it exists at inference.
 
     The centroids have to be given to the optimizer, see :meth:`param_group`, unless they have
-    their own. They start equal
-    on every process, are drawn without touching the global random state, and stay in float32
-    when a model that owns the regularizer is cast to half precision.
+    their own. They start equal on every process, are drawn without touching the global random
+    state, and stay in float32 when a model that owns the regularizer is cast to half precision.
 
     Args:
         num_classes: C, at least 2.

@@ -146,8 +146,8 @@ class Stepper:
         at the first group's rate, and again, from where it began, at that of each that follows.
         """
         centroids, group, last = owner.centroids, host.param_groups[-1], self.taken
-        host_rate = float(group["lr"] or 0.0)
-        now = {id(group["params"][0]) if group["params"] else id(group): host_rate}
+        which = id(group["params"][0]) if group["params"] else id(group)
+        now = {which: float(group["lr"] or 0.0)}
         if last is not None and last.host() is not host:
             last = None
         optimizer = self._optimizer_of(centroids)

@@ -671,6 +671,12 @@ def test_a_cell_trains_on_the_view_of_its_schedule(folder, tmp_path, monkeypatch
     assert (seen[0][1] / "classes.txt").exists()
 
 
+def test_strengths_are_not_chosen_on_altered_images(folder):
+    settings = study.Settings(data_root=folder, hold_out=True, schedules=("short", "noisy"))
+    with pytest.raises(ValueError, match=r"all images as they are, got \['noisy'\]"):
+        study.check(settings)
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_the_cell_that_runs_and_starts_no_other(folder, tmp_path):
     command = [

@@ -60,7 +60,7 @@ class Schedule(NamedTuple):
     """The share of the labelled regions that have another class of their image."""
 
 
-SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images, then 12 again in steps
+SCHEDULES = {  # 4, 12, 48 and 12 epochs of 795 images; then as many steps as short
     "quick": Schedule(396, (128, 96), 8),
     "short": Schedule(1188, (160, 120), 8),
     "long": Schedule(4752, (160, 120), 8),
@@ -148,6 +148,9 @@ def check(settings: Settings) -> None:
             raise ValueError(f"{name} must be among {', '.join(known)}, got {sorted(wrong)}.")
     for arm in settings.arms:
         arms.find(arm)
+    altered = [n for n in settings.schedules if SCHEDULES[n].every > 1 or SCHEDULES[n].noise]
+    if settings.hold_out and altered:
+        raise ValueError(f"hold_out is for schedules on all images as they are, got {altered}.")
     if settings.retrain and settings.hold_out:
         raise ValueError("retrain must be used without hold_out, whose weights are not kept.")
 

@@ -74,7 +74,8 @@ def build(
                 link(target, label)
             else:
                 write_changed(target, change(number, read_label(label, data.coding).numpy()))
-    (root / "classes.txt").write_text("\n".join(data.classes) + "\n", "utf-8")
+    names = "\n".join(data.classes) + "\n"
+    write_whole(root / "classes.txt", lambda partial: partial.write_text(names, "utf-8"))
     return root
 
 

@@ -8,7 +8,6 @@ makes optimizer and checkpoints itself, so the centroids have to come into both:
     trainer.train()
 """
 
-import inspect
 import weakref
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mvsc.add_to_loss import AddToLoss
+from mvsc.add_to_loss import AddToLoss, arguments_inside
 from mvsc.attach import AttachedRegularizer, attach
 from mvsc.tap import Hook
 from mvsc.watch import warn
@@ -159,7 +158,8 @@ class _Share:
         average = getattr(trainer.args, "average_tokens_across_devices", False)
         several = parts > 1 or (average and trainer.accelerator.num_processes > 1)
         model = trainer.model
-        if several and self._adds_up(trainer) and not _takes(model, "num_items_in_batch"):
+        named = any("num_items_in_batch" in each for each in arguments_inside(model))
+        if several and self._adds_up(trainer) and not named:
             warn(
                 f"the Trainer adds up the losses of {type(model).__name__} over the parts and "
                 "processes of a step, as sums that are divided by num_items_in_batch, which its "
@@ -189,13 +189,6 @@ class _Share:
         return share
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    """Return whether a model, a base class or a module inside names an argument of its forward."""
-    bases = [base for base in type(model).__mro__ if hasattr(base, "forward")]
-    forwards = [base.forward for base in bases] + [module.forward for module in model.modules()]
-    return any(argument in inspect.signature(forward).parameters for forward in forwards)
-
-
 class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Does for the centroids what the Trainer does for the parameters of its model only."""
 
@@ -210,9 +203,9 @@ class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]
         known = any(each is centroids for group in groups for each in group["params"])
         if groups and isinstance(centroids, nn.Parameter) and not known:
             raise ValueError(
-                "trainer must have an optimizer that knows the centroids, got "
-                "one without them. Make it in create_optimizer, or add "
-                "reg.param_group() to it before its scheduler is made."
+                "trainer must have an optimizer that knows the centroids, got one without them. "
+                "Make it in create_optimizer, or add reg.param_group() to it before its scheduler "
+                "is made."
             )
         if self.share is not None:
             self.share.notice_means()
