@@ -448,7 +448,7 @@ def test_a_shift_takes_tau_times_the_log_of_the_share_off_the_logits():
         shifted = logits - tau * log_shares
         hit = (shifted.argmax(dim=0) == label)[label != 255].double().mean()
         assert accuracy == pytest.approx(100 * hit.item())
-    assert len(set(curve["mIoU"])) == len(judge.TAUS) == 8
+    assert len(set(curve["mIoU"])) == len(judge.TAUS) == 9
     # A constant of a class can be added before or after the logits are resized.
     small = torch.randn(3, 5, 7, generator=generator)
     resize = functools.partial(torch.nn.functional.interpolate, size=(20, 30), mode="bilinear")
@@ -592,6 +592,20 @@ def test_a_classifier_is_trained_anew_and_alone_on_kept_weights(folder, tmp_path
     (run,) = kept.read(settings.results, "retrained")
     assert "rival" not in run["log"]
     assert "align" not in run["log"]
+
+
+def test_kept_weights_are_judged_again_as_they_were(folder, tmp_path):
+    AcceleratorState._reset_state()  # of other tests in this process
+    places = {"results": tmp_path / "results", "work": tmp_path / "work"}
+    settings = study.Settings(data_root=folder, **places, steps=2, size=(32, 32), keep_weights=True)
+    cell = "short/segformer/mvsc/0"
+    study.run(settings, cell)
+    (run,) = kept.read(settings.results, "frontier")
+    kept.add(settings.results, "frontier", {**run, "mIoU": -1.0, "frontier": {}})
+    study.run(replace(settings, judge_again=True), cell)
+    assert kept.read(settings.results, "frontier") == [run]
+    with pytest.raises(ValueError, match="judge_again must be used without retrain"):
+        study.check(replace(settings, judge_again=True, retrain=True))
 
 
 def last_weights(folder):

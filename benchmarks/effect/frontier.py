@@ -1,6 +1,6 @@
 """Read the frontiers: what an arm gains in mIoU at a given pixel accuracy, as its prior is shifted.
 
-An arm's curve joins its scores at the eight tau of judge.py. It is read at the pixel accuracy of
+An arm's curve joins its scores at the tau of judge.py. It is read at the pixel accuracy of
 cross-entropy with the same seed, unshifted, minus so many points.
 """
 

@@ -1,4 +1,4 @@
-"""Judge a segmenter at eight shifts of the prior in one pass, beside its calibration.
+"""Judge a segmenter at several shifts of the prior in one pass, beside its calibration.
 
 The shifts are those of examples/recipes/curve.py: argmax(z - tau * log share), with the share of
 each class among the labelled pixels of the training images. Calibration is read in both halves of

@@ -36,7 +36,7 @@ import arms  # noqa: E402
 import kept  # noqa: E402
 import views  # noqa: E402
 from data import SegmentationData, open_split  # noqa: E402
-from evaluate import evaluate  # noqa: E402
+from evaluate import evaluate, load_segmenter, pick_device  # noqa: E402
 from judge import Judge  # noqa: E402
 from measure import machine  # noqa: E402
 from models import Segmenter  # noqa: E402
@@ -104,6 +104,8 @@ class Settings:
     retrain: bool = False
     """Train the classifier alone, anew, with cross-entropy on the kept weights of each cell, for
     half the steps: what is left of an arm's gain is in the features."""
+    judge_again: bool = False
+    """Judge the kept weights of each finished cell once more, at the shifts of today."""
     part: tuple[int, int] = (0, 1)
     """This process takes cells I, I + N, ..."""
     workers: int = 0
@@ -125,7 +127,7 @@ def main(settings: Settings) -> None:
     first, count = settings.part
     for cell in cells[first::count]:
         # Asked for each, since another study may have finished it meanwhile.
-        if cell in kept.cells(settings.results, kind(settings)):
+        if (cell in kept.cells(settings.results, kind(settings))) != settings.judge_again:
             continue
         print(f"== {cell}", flush=True)
         # A process for each cell: its peak memory is its own, and nothing is left over.
@@ -153,6 +155,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"hold_out is for schedules on all images as they are, got {altered}.")
     if settings.retrain and settings.hold_out:
         raise ValueError("retrain must be used without hold_out, whose weights are not kept.")
+    if settings.judge_again and (settings.retrain or settings.hold_out):
+        raise ValueError("judge_again must be used without retrain and without hold_out.")
 
 
 def keep_classes(settings: Settings) -> None:
@@ -180,6 +184,9 @@ def weights_of(settings: Settings, cell: str) -> Path:
 
 def run(settings: Settings, cell: str) -> None:
     """Train, judge and keep one cell."""
+    if settings.judge_again:
+        judge_again(settings, cell)
+        return
     schedule, head, name, seed = cell.split("/")
     usual = SCHEDULES[schedule]
     steps = settings.steps or (usual.steps // 2 if settings.retrain else usual.steps)
@@ -230,6 +237,20 @@ def run(settings: Settings, cell: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         (recipe.folder / "last.safetensors").replace(path)
     shutil.rmtree(recipe.folder)
+
+
+def judge_again(settings: Settings, cell: str) -> None:
+    """Judge the weights of a finished cell anew, and keep the rest of what is known of it."""
+    (run,) = (each for each in kept.read(settings.results, "frontier") if each["cell"] == cell)
+    device = pick_device("auto")
+    segmenter, recipe, _ = load_segmenter(weights_of(settings, cell), device)
+    schedule, *_, seed = cell.split("/")
+    val, training = (
+        open_split("folder", root_of(settings, schedule, int(seed)), split)
+        for split in ("val", "train")
+    )
+    found = judged(log_shares(training))(segmenter, val, recipe, device)
+    kept.add(settings.results, "frontier", rounded({**run, **found}))
 
 
 def peak_mib() -> float:

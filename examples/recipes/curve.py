@@ -13,7 +13,7 @@ from torch import Tensor
 from data import IGNORE
 from evaluate import scores
 
-TAUS = (-0.25, 0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+TAUS = (-0.5, -0.25, 0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 
 Points = dict[str, list[float]]
 """``mIoU``, ``mAcc`` and ``aAcc`` in percent, each at every tau."""
