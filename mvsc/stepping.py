@@ -58,14 +58,10 @@ _NO_INITIAL_RATE = (
 
 
 class Taken(NamedTuple):
-    """The step that was taken last: at what rate, along what, from where.
-
-    And the host, with the rates of those of its groups that have stepped since.
-    """
+    """The step that was taken last: along what, from where; whose, at what rates of its groups."""
 
     host: ReferenceType[Optimizer]
     rates: dict[int, float]
-    rate: float
     mean: Tensor
     finite: Tensor
     centroids: Tensor
@@ -145,25 +141,18 @@ class Stepper:
         DeepSpeed lets its optimizer step once for each group, and see no other: the step is taken
         at the first group's rate, and again, from where it began, at that of each that follows.
         """
-        centroids, group, last = owner.centroids, host.param_groups[-1], self.taken
-        which = id(group["params"][0]) if group["params"] else id(group)
-        now = {which: float(group["lr"] or 0.0)}
-        if last is not None and last.host() is not host:
-            last = None
+        centroids, group, taken = owner.centroids, host.param_groups[-1], self.taken
         optimizer = self._optimizer_of(centroids)
+        rate = float(group["lr"] or 0.0)
+        which = id(group["params"][0]) if group["params"] else id(group)
+        if taken is not None and taken.host() is not host:
+            taken = None
         if centroids.grad is not None:
-            if last is not None:
-                self._notice_schedule(owner, group, last.rates, now)
-            rate = self._rate(optimizer, group)
-            along = self._mean_gradient(owner, centroids.grad)
+            if taken is not None:
+                self._notice_schedule(owner, group, taken.rates.get(which, rate), rate)
             began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
-            taken = Taken(ref(host), now, rate, *along, *began)
-        elif last is not None and len(host.param_groups) == 1 and not now.keys() & last.rates:
-            last.rates.update(now)
-            rate = self._rate(optimizer, group)
-            if rate == last.rate:
-                return
-            taken = last._replace(rate=rate)
+            taken = Taken(ref(host), {}, *self._mean_gradient(owner, centroids.grad), *began)
+        elif taken is not None and len(host.param_groups) == 1 and which not in taken.rates:
             with torch.no_grad():
                 centroids.copy_(taken.centroids)
             optimizer.load_state_dict(copy.deepcopy(taken.optimizer))
@@ -172,7 +161,8 @@ class Stepper:
             self.taken = None
             self.zero.grad = None  # A loss of which MVSC was no part has none in the mean.
             return
-        optimizer.param_groups[0]["lr"] = rate
+        taken.rates[which] = rate
+        optimizer.param_groups[0]["lr"] = self._rate(optimizer, group)
         centroids.grad = taken.mean
         optimizer.step()
         self._undo_unless(taken.finite, taken, optimizer, centroids)
@@ -198,12 +188,10 @@ class Stepper:
         return float(rate)
 
     def _notice_schedule(
-        self, owner: Owner, group: dict[str, Any], before: dict[int, float], now: dict[int, float]
+        self, owner: Owner, group: dict[str, Any], before: float, now: float
     ) -> None:
         """Warn if a group's rate has changed, and a callable has nothing to compare it with."""
-        if self.make == "own" or "initial_lr" in group:
-            return
-        if any(before.get(each, rate) != rate for each, rate in now.items()):
+        if self.make != "own" and "initial_lr" not in group and before != now:
             owner._watch.say("rate", _NO_INITIAL_RATE)
 
     def _mean_gradient(self, owner: Owner, grad: Tensor) -> tuple[Tensor, Tensor]:
