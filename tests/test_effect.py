@@ -538,6 +538,26 @@ def test_the_table_of_frontiers_has_the_best_first_and_says_what_is_not_reached(
     assert "| mvsc | 2 | 1.000 | 2.000 | 3.000 |" in report.calibration(runs)
 
 
+def test_curves_of_seeds_are_averaged_where_all_were_judged():
+    run = curve([49.0, 50.0, 46.0], [9.0, 10.0, 11.0])
+    longer = {"tau": [-1.0, *run["tau"]], "aAcc": [9.0] * 4, "mIoU": [8.0, 7.0, 6.0, 5.0]}
+    found = frontier.mean_curve([({"frontier": longer}, BASE), ({"frontier": run}, BASE)])
+    assert found == {-0.5: (-21.0, -2.0), 0.0: (-20.5, -2.0), 0.5: (-22.5, -2.0)}
+
+
+def test_a_curve_is_held_against_those_of_the_rivals_seed_by_seed():
+    better = {"frontier": curve([52.0, 51.0, 47.0], [10.0, 12.0, 16.0])}
+    far = {"frontier": curve([9.0] * 3, [9.0] * 3)}
+    runs = {"ce": dict.fromkeys((0, 1, 2), BASE), "lovasz@4": dict.fromkeys((0, 1, 3), BASE)}
+    runs |= {"lovasz@4+mvsc": {0: better, 1: better, 2: better}}
+    runs |= {"low": {0: far, 1: far}, "once": {0: BASE}}
+    rows = report.above_rivals(runs).splitlines()[2:]
+    assert rows[0].startswith("| lovasz@4+mvsc | lovasz@4 | 2 | +3.00 [+3.00, +3.00] | +3.38")
+    assert rows[1] == f"| low | lovasz@4 | 2 |{' not reached |' * 3}"
+    assert len(rows) == 2
+    assert report.above_rivals({"ce": runs["ce"]}) == ""
+
+
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
     label = torch.zeros(1, 40, dtype=torch.uint8)
     label[:, 20:] = 7

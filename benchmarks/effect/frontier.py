@@ -5,6 +5,7 @@ cross-entropy with the same seed, unshifted, minus so many points.
 """
 
 import itertools
+import statistics
 from typing import Any
 
 Run = dict[str, Any]
@@ -52,6 +53,24 @@ def chosen(run: Run, base: Run, loss: float) -> tuple[float, float] | None:
     return gain, cost
 
 
+def mean_curve(pairs: list[tuple[Run, Run]]) -> dict[float, tuple[float, float]]:
+    """Average curves over seeds: the changes of pixel accuracy and mIoU, at each tau of all runs.
+
+    Args:
+        pairs: each an arm's run, and cross-entropy's with the same seed.
+    """
+    first, *others = (run["frontier"]["tau"] for run, _ in pairs)
+    taus = [tau for tau in first if all(tau in each for each in others)]
+    return {tau: (mean_change(pairs, tau, "aAcc"), mean_change(pairs, tau, "mIoU")) for tau in taus}
+
+
+def mean_change(pairs: list[tuple[Run, Run]], tau: float, name: str) -> float:
+    """Return how far a score at tau is from cross-entropy's, unshifted; the mean over seeds."""
+    return statistics.mean(
+        at(run["frontier"], tau, name) - at_zero(base["frontier"], name) for run, base in pairs
+    )
+
+
 def tempered(run: Run) -> dict[str, float]:
     """Choose a temperature by NLL on one half of the images, judge on the other; the mean."""
     halves = run["calibration"]["halves"]
@@ -69,8 +88,12 @@ def untempered(run: Run) -> dict[str, float]:
     return {name: found[name][plain] for name in ("nll", "balanced_nll", "ece")}
 
 
+def at(curve: dict[str, Any], tau: float, name: str) -> float:
+    return float(curve[name][curve["tau"].index(tau)])
+
+
 def at_zero(curve: dict[str, Any], name: str) -> float:
-    return float(curve[name][curve["tau"].index(0.0)])
+    return at(curve, 0.0, name)
 
 
 def half_at_zero(run: Run, half: int, name: str) -> float:

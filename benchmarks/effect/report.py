@@ -21,6 +21,7 @@ import kept
 RESULTS = Path(__file__).parent / "results"
 Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
+RIVALS = ("lovasz@4", "dice@4", "mvsc@4")  # whose curves another arm's is to lie above
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mIoU": "boundary"}
 
 
@@ -137,6 +138,29 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
     return markdown(head, *rows)
 
 
+def above_rivals(cells: Cells, base: str = "ce") -> str:
+    """One row an arm and a rival: how far its curve lies above the rival's."""
+    rows = []
+    for rival, arm in itertools.product(RIVALS, cells):
+        seeds = [seed for seed in shared_seeds(cells, arm, rival) if seed in cells.get(base, {})]
+        told = arm in RIVALS[: RIVALS.index(rival)]  # the other way round
+        if arm in (rival, base) or told or len(seeds) < 2:
+            continue
+        row = [arm, rival, str(len(seeds))]
+        for loss in frontier.LOSSES[:3]:
+            read = [
+                [frontier.gain_at(cells[each][seed], cells[base][seed], loss) for seed in seeds]
+                for each in (arm, rival)
+            ]
+            reached = None not in read[0] + read[1]
+            row.append(
+                gain([a - b for a, b in zip(*read, strict=True)]) if reached else "not reached"
+            )
+        rows.append(row)
+    head = ["arm", "above", "seeds", *(f"at -{loss:g} points" for loss in frontier.LOSSES[:3])]
+    return markdown(head, *rows) if rows else ""
+
+
 def pairs_of(cells: Cells, arm: str, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return the scores of an arm beside those of another with the same seed."""
     return [(cells[arm][seed], cells[base][seed]) for seed in shared_seeds(cells, arm, base)]
@@ -232,8 +256,7 @@ def report(results: Path, shares: Shares | None) -> str:
     parts = []
     for (schedule, head), cells in load(results).items():
         parts += heading(f"{head}, {schedule} schedule", cells)
-        if above := on_top(cells):
-            parts.append(above)
+        parts.append(on_top(cells))
         for arm in ("mvsc", "mvsc@4"):
             if shares and shared_seeds(cells, arm, "ce"):
                 parts.append(
@@ -252,8 +275,8 @@ def report(results: Path, shares: Shares | None) -> str:
         for (schedule, head), cells in load(results, kind).items():
             parts += heading(f"{title}: {head}, {schedule} schedule", cells)
             parts += ["Gain in mIoU over cross-entropy, unshifted, as tau of each arm varies:"]
-            parts += [frontiers(cells), calibration(cells)]
-    return "\n\n".join(parts) + "\n"
+            parts += [frontiers(cells), above_rivals(cells), calibration(cells)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def heading(title: str, cells: Cells) -> list[str]:
