@@ -150,7 +150,7 @@ BUGS = [
     ("finding", "            module.training = training\n", "            pass\n", "the example leaves the model in evaluation mode"),
     ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
     ("integrations/transformers", "            optimizer.add_param_group(reg.param_group())\n", "            pass\n", "the Trainer's optimizer does not get the centroids"),
-    ("integrations/transformers", "        self.reg.zero_grad()", "        pass", "the Trainer's steps add the centroids' gradients up"),
+    ("integrations/transformers", "self.reg.zero_grad()  # The", "pass  # The", "the Trainer's steps add the centroids' gradients up"),
     ("integrations/transformers", "        reg.load_state_dict(torch.load(file, weights_only=True))", "        pass", "a resumed Trainer starts with new centroids"),
     ("diagnostics", " - unit.square().sum(dim=(0, 2))", "", "a group is compared with itself"),
     ("diagnostics", "_wide(own > others)", "_wide(own >= others)", "a tie is a hit"),

@@ -588,9 +588,10 @@ def test_a_model_that_outlives_its_trainer_can_have_another(make_trainer):
     for groups in (1, 2):
         trainer = make_trainer(max_steps=1)
         trainer.model = trainer.model_wrapped = model
-        attach_to_trainer(trainer, groups=groups)
+        reg = attach_to_trainer(trainer, groups=groups)
         trainer.train()
-        del trainer
+        assert reg.regularizer.centroids.grad is None  # as that of the model's parameters
+        del trainer, reg
     images, labels = batch()
     model(images, labels=labels).loss.backward()  # In a loop of one's own, whose loss is whole.
 

@@ -209,8 +209,9 @@ class _Centroids(TrainerCallback):  # type: ignore[misc, unused-ignore]
             )
         if self.share is not None:
             self.share.notice_means()
+        self.reg.zero_grad()
 
-    def on_step_begin(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.reg.zero_grad()  # The Trainer calls model.zero_grad, not that of the optimizer.
