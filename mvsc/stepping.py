@@ -153,6 +153,9 @@ class Stepper:
             began = centroids.detach().clone(), copy.deepcopy(optimizer.state_dict())
             taken = Taken(ref(host), {}, *self._mean_gradient(owner, centroids.grad), *began)
         elif taken is not None and len(host.param_groups) == 1 and which not in taken.rates:
+            if self._rate(optimizer, group) == optimizer.param_groups[0]["lr"]:
+                taken.rates[which] = rate
+                return  # It would be the same step.
             with torch.no_grad():
                 centroids.copy_(taken.centroids)
             optimizer.load_state_dict(copy.deepcopy(taken.optimizer))

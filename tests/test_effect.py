@@ -624,6 +624,9 @@ def test_kept_weights_are_judged_again_as_they_were(folder, tmp_path):
     kept.add(settings.results, "frontier", {**run, "mIoU": -1.0, "frontier": {}})
     study.run(replace(settings, judge_again=True), cell)
     assert kept.read(settings.results, "frontier") == [run]
+    study.weights_of(settings, cell).unlink()
+    with pytest.raises(ValueError, match="is missing. Run the cell with --keep-weights first"):
+        study.run(replace(settings, judge_again=True), cell)
     with pytest.raises(ValueError, match="judge_again must be used without retrain"):
         study.check(replace(settings, judge_again=True, retrain=True))
 

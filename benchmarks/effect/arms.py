@@ -207,15 +207,9 @@ def ingredients(
 
 
 def classifier_alone(path: Path) -> Regularize:
-    """Make what lets train.train train nothing but a new classifier on the weights of a run.
-
-    Raises, when it is called:
-        ValueError: if there are no such weights.
-    """
+    """Make what lets train.train train nothing but a new classifier on the weights of a run."""
 
     def regularize(model: nn.Module, recipe: Recipe) -> None:
-        if not path.exists():
-            raise ValueError(f"{path} is missing. Run the cell with --keep-weights first.")
         model.load_state_dict(load_weights(path)[0])
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -21,6 +21,7 @@ import kept
 RESULTS = Path(__file__).parent / "results"
 Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
+CLOSE = frontier.LOSSES[:3]
 RIVALS = ("lovasz@4", "dice@4", "mvsc@4")  # whose curves another arm's is to lie above
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mIoU": "boundary"}
 
@@ -141,24 +142,33 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
 def above_rivals(cells: Cells, base: str = "ce") -> str:
     """One row an arm and a rival: how far its curve lies above the rival's."""
     rows = []
-    for rival, arm in itertools.product(RIVALS, cells):
-        seeds = [seed for seed in shared_seeds(cells, arm, rival) if seed in cells.get(base, {})]
-        told = arm in RIVALS[: RIVALS.index(rival)]  # the other way round
-        if arm in (rival, base) or told or len(seeds) < 2:
-            continue
-        row = [arm, rival, str(len(seeds))]
-        for loss in frontier.LOSSES[:3]:
-            read = [
-                [frontier.gain_at(cells[each][seed], cells[base][seed], loss) for seed in seeds]
-                for each in (arm, rival)
-            ]
-            reached = None not in read[0] + read[1]
-            row.append(
-                gain([a - b for a, b in zip(*read, strict=True)]) if reached else "not reached"
-            )
-        rows.append(row)
-    head = ["arm", "above", "seeds", *(f"at -{loss:g} points" for loss in frontier.LOSSES[:3])]
+    for number, rival in enumerate(RIVALS):
+        for arm in cells:
+            if arm == base or arm in RIVALS[: number + 1]:  # itself, or told the other way round
+                continue
+            changes = [differences(cells, arm, rival, base, loss) for loss in CLOSE]
+            if len(changes[0]) > 1:
+                rows.append([arm, rival, str(len(changes[0])), *map(gain_if_reached, changes)])
+    head = ["arm", "above", "seeds", *(f"at -{loss:g} points" for loss in CLOSE)]
     return markdown(head, *rows) if rows else ""
+
+
+def differences(cells: Cells, arm: str, rival: str, base: str, loss: float) -> list[float | None]:
+    """Return how far an arm's curve lies above a rival's at an accuracy, seed by seed."""
+    ours, theirs = (gains_at(cells, each, base, loss) for each in (arm, rival))
+    both = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    return [None if a is None or b is None else a - b for a, b in both]
+
+
+def gains_at(cells: Cells, arm: str, base: str, loss: float) -> dict[int, float | None]:
+    """Read an arm's curve at the accuracy of its base with each seed, minus so many points."""
+    seeds = shared_seeds(cells, arm, base)
+    return {s: frontier.gain_at(cells[arm][s], cells[base][s], loss) for s in seeds}
+
+
+def gain_if_reached(values: list[float | None]) -> str:
+    reached = [value for value in values if value is not None]
+    return gain(reached) if len(reached) == len(values) else "not reached"
 
 
 def pairs_of(cells: Cells, arm: str, base: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -170,26 +180,24 @@ def read_curves(cells: Cells, base: str) -> list[list[str]]:
     """Read each arm's curve: its name, its seeds, and the gain at each accuracy; best first."""
     rows = []
     for arm in cells:
-        pairs = pairs_of(cells, arm, base)
-        if not pairs:
+        read = [[*gains_at(cells, arm, base, loss).values()] for loss in frontier.LOSSES]
+        if not read[0]:
             continue
-        read = [[frontier.gain_at(*pair, loss) for pair in pairs] for loss in frontier.LOSSES]
-        told = ["not reached" if None in values else gain(values) for values in read]
         # By the gain for half a point; one that is not reached comes last.
         order = statistics.mean(-99.0 if value is None else value for value in read[1])
-        rows.append((order, [arm, str(len(pairs)), *told]))
+        rows.append((order, [arm, str(len(read[0])), *map(gain_if_reached, read)]))
     return [row for _, row in sorted(rows, key=lambda each: -each[0])]
 
 
 def curves(found: dict[tuple[str, str], Cells], base: str = "ce") -> str:
     """One row an arm, for each schedule and head: the gains at three accuracies, and the ECE."""
-    columns = [f"at -{loss:g}" for loss in frontier.LOSSES[:3]]
+    columns = [f"at -{loss:g}" for loss in CLOSE]
     parts = []
     for (schedule, head), cells in found.items():
         rows = []
         for arm, seeds, *gains in read_curves(cells, base):
             ece = statistics.mean(frontier.untempered(run)["ece"] for run in cells[arm].values())
-            rows.append([arm, seeds, *gains[:3], f"{ece:.1f}"])
+            rows.append([arm, seeds, *gains[: len(CLOSE)], f"{ece:.1f}"])
         parts.append(f"**{head}, {schedule} schedule**")
         parts.append(markdown(["arm", "seeds", *columns, "ECE [%]"], *rows))
     return "\n\n".join(parts)

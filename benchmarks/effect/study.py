@@ -182,6 +182,14 @@ def weights_of(settings: Settings, cell: str) -> Path:
     return settings.work / "weights" / "frontier" / f"{cell.replace('/', '-')}.safetensors"
 
 
+def kept_weights(settings: Settings, cell: str) -> Path:
+    """Return the file of the weights of a finished cell, or raise."""
+    path = weights_of(settings, cell)
+    if not path.exists():
+        raise ValueError(f"{path} is missing. Run the cell with --keep-weights first.")
+    return path
+
+
 def run(settings: Settings, cell: str) -> None:
     """Train, judge and keep one cell."""
     if settings.judge_again:
@@ -211,7 +219,7 @@ def run(settings: Settings, cell: str) -> None:
     )
     data = open_split("folder", root, "train")
     if settings.retrain:
-        criterion, regularize = cross_entropy, arms.classifier_alone(weights_of(settings, cell))
+        criterion, regularize = cross_entropy, arms.classifier_alone(kept_weights(settings, cell))
         recipe = replace(recipe, mvsc=False)
     else:
         recipe, criterion, regularize = arms.ingredients(arms.find(name), recipe, data)
@@ -243,7 +251,7 @@ def judge_again(settings: Settings, cell: str) -> None:
     """Judge the weights of a finished cell anew, and keep the rest of what is known of it."""
     (run,) = (each for each in kept.read(settings.results, "frontier") if each["cell"] == cell)
     device = pick_device("auto")
-    segmenter, recipe, _ = load_segmenter(weights_of(settings, cell), device)
+    segmenter, recipe, _ = load_segmenter(kept_weights(settings, cell), device)
     schedule, *_, seed = cell.split("/")
     val, training = (
         open_split("folder", root_of(settings, schedule, int(seed)), split)
