@@ -121,6 +121,14 @@ def test_balanced_weights_are_the_inverse_root_of_the_frequency(folder):
         torch.testing.assert_close(loss, weight[label] * torch.log(torch.tensor(3.0).double()))
 
 
+def test_smoothed_labels_are_as_by_hand(folder):
+    criterion = arms.smoothed(0.3, open_split("folder", folder, "train"))
+    logits = torch.zeros(1, 3, 1, 2)
+    logits[0, 1] = torch.log(torch.tensor(2.0))  # chances 1/4, 1/2, 1/4
+    loss = criterion(logits, torch.tensor([[[1, 255]]]))
+    torch.testing.assert_close(loss, torch.log(torch.tensor(2.0)) * (0.8 + 0.2 * 2))
+
+
 def test_class_means_are_classified_as_by_hand():
     features = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 2.0]])[None, :, None]  # means (2,0), (0,2)
     classifier = torch.nn.Conv2d(2, 2, 1, bias=False)

@@ -48,15 +48,18 @@ def balanced(strength: float, data: SegmentationData) -> Criterion:
     weight = (pixels / pixels.sum()).clamp_min(1e-6) ** -strength
     # The mean weight of a pixel is 1, as without weights.
     weight = weight * pixels.sum() / (weight * pixels).sum()
+    return lambda logits, labels: averaged(logits, labels, weight=weight.to(logits.device))
 
-    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-        device = logits.device
-        each = F.cross_entropy(
-            logits.float(), labels, weight.to(device), ignore_index=IGNORE, reduction="sum"
-        )
-        return each / (labels != IGNORE).sum().clamp_min(1)
 
-    return criterion
+def smoothed(strength: float, data: SegmentationData) -> Criterion:
+    """Take a share of each label for the other classes: what one would try with wrong labels."""
+    return lambda logits, labels: averaged(logits, labels, label_smoothing=strength)
+
+
+def averaged(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Return cross-entropy with an option of torch's, over the number of labelled pixels."""
+    each = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum", **options)
+    return each / (labels != IGNORE).sum().clamp_min(1)
 
 
 def with_smp(loss: nn.Module) -> Callable[[float, SegmentationData], Criterion]:
@@ -129,6 +132,7 @@ ARMS: dict[str, Arm] = {
     "centre": Arm(mvsc=False, rival=rivals.Centre, strength=0.1),
     "class-means": Arm(mvsc=False, rival=rivals.ClassMeans, strength=0.05),
     "jaccard": Arm(mvsc=False, criterion=jaccard),
+    "smoothed": Arm(mvsc=False, criterion=smoothed, strength=0.1),
     # Cross-entropy for longer: @1.25 is 1.25 times the steps.
     "longer": Arm(mvsc=False, longer=True, strength=1.25),
     # Beyond the paper.
