@@ -347,7 +347,7 @@ def _grid(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int 
     """Bring labels to the grid of a map that they fit; values are read on the CPU only."""
     checks.check_positive_int("num_classes", num_classes)
     ignored = _ignored(ignore_index, num_classes)
-    check_labels(labels, checks.check_feature_map(features))
+    check_labels(labels, checks.check_feature_map(features), num_classes=num_classes)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_values(labels, num_classes, ignored)
     return labels_on_grid(labels, features.shape[2:], num_classes, ignored)

@@ -16,12 +16,16 @@ def default_ignore_index(num_classes: int) -> int:
 
 
 def check_labels(
-    labels: object, features: Tensor | None = None, tokens: bool | None = None
+    labels: object,
+    features: Tensor | None = None,
+    tokens: bool | None = None,
+    num_classes: int | None = None,
 ) -> Tensor:
     """Raise unless ``labels`` is an integer class map, ``(batch, *spatial)``; return it.
 
     With ``features``, ``(batch, dim, *spatial)``, it has to fit them. With ``tokens``, whose grid
     is open, it may have more spatial axes than they have; None if the caller takes no ``grid=``.
+    ``num_classes`` says what a channel for each class is, to find the remedy.
     """
     if not isinstance(labels, Tensor):
         maps = labels if isinstance(labels, list | tuple) else ()
@@ -51,7 +55,7 @@ def check_labels(
         raise ValueError(
             f"labels must have shape {expected[features.ndim - 3]} for features of the spatial "
             f"size {describe_sizes(features.shape[2:])}, got {tuple(labels.shape)}. "
-            f"{_of_shape(labels, features, tokens)}"
+            f"{_of_shape(labels, features, tokens, num_classes)}"
         )
     if not is_integer(labels):
         raise TypeError(
@@ -60,15 +64,18 @@ def check_labels(
         )
     if features is not None and labels.shape[0] != features.shape[0]:
         times, rest = divmod(features.shape[0], max(labels.shape[0], 1))
-        again = (
-            f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they come "
-            f"one after the other, torch.cat([labels] * {times}) if the whole batch comes again; "
-            "of images without labels append maps of ignore_index"
-        )
+        remedy = "Pass the labels of the same images"
+        if times > 1 and not rest:
+            remedy += (
+                f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they "
+                f"come one after the other, torch.cat([labels] * {times}) if the whole batch comes "
+                "again"
+            )
+        if times:
+            remedy += "; of images without labels append maps of ignore_index"
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
-            f"got {labels.shape[0]}. Pass the labels of the same images"
-            f"{again if times > 1 and not rest else ''}."
+            f"got {labels.shape[0]}. {remedy}."
         )
     if 0 in labels.shape[1:]:
         raise ValueError(
@@ -115,7 +122,9 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
     )
 
 
-def _of_shape(labels: Tensor, features: Tensor, tokens: bool | None) -> str:
+def _of_shape(
+    labels: Tensor, features: Tensor, tokens: bool | None, num_classes: int | None
+) -> str:
     """Say what to do with labels of another number of axes."""
     axes, shape = features.ndim - 2, tuple(labels.shape)
     if labels.ndim == axes + 2:
@@ -135,7 +144,7 @@ def _of_shape(labels: Tensor, features: Tensor, tokens: bool | None) -> str:
         if axes == 1 and is_integer(labels) and size[0] not in (shape[1], shape[-1]):
             return _of_tokens(size[0], shape[1:], tokens)
     if labels.ndim == axes + 2 and not (_may_be_indices(labels) and 3 not in (shape[1], shape[-1])):
-        return _of_channels(labels)
+        return _of_channels(labels, num_classes)
     if labels.ndim == 2 < axes + 1 and shape[0] == features.shape[0]:
         # As many as the features have places? Else a single image, of a batch of one.
         grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
@@ -177,6 +186,17 @@ def _of_values(labels: Tensor, name: str) -> str:
         return f"Use {name}."
     if labels.dtype == torch.bool or labels.is_complex() or labels.is_meta or not labels.numel():
         return f"Use {name}.long()."
+    nan = labels.isnan()
+    if bool(nan.any()) and not bool(nan.all()) and bool((labels == labels.round())[~nan].all()):
+        return (
+            f"If NaN marks what has no label, use {name}.nan_to_num(ignore_index).long() with the "
+            "ignore_index of the regularizer."
+        )
+    if not bool(labels.any()):
+        return (
+            f"Use {name}.long(), or ({name} * 255).round().long() if ToTensor has made them: 0 "
+            "does not show whether it was divided by 255."
+        )
     if bool((labels == labels.round()).all()):
         return f"Use {name}.long()."
     scaled = 255 * labels.double()
@@ -198,7 +218,7 @@ def _of_values(labels: Tensor, name: str) -> str:
     return "They hold fractions, so they are no class indices. Pass one index for each pixel."
 
 
-def _of_channels(labels: Tensor) -> str:
+def _of_channels(labels: Tensor, num_classes: int | None) -> str:
     """Say what to do with a channel for each class, first or last, with one class or several."""
     if labels.is_meta or not labels.numel():
         return "Pass one class index for each pixel."
@@ -206,6 +226,13 @@ def _of_channels(labels: Tensor) -> str:
         # A grey picture that was read in colour.
         if labels.shape[axis] == 3 and bool((labels == labels.narrow(axis, 0, 1)).all()):
             return _of_values(labels.select(axis, 0), f"labels.select({axis}, 0)")
+    axes = [axis for axis in (1, -1) if num_classes in (None, labels.shape[axis])]
+    if not axes:
+        return (
+            f"They have no axis with a channel for each of the {num_classes} classes: colours, or "
+            "channels of which the background has none, have to be mapped to class indices. Pass "
+            "one class index for each pixel."
+        )
     values = labels.double()
     if bool(((values == 0) | (values == 255)).all()):
         values = values / 255
@@ -214,8 +241,8 @@ def _of_channels(labels: Tensor) -> str:
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "
             "Pass one class index for each pixel."
         )
-    sums = {axis: values.sum(axis) for axis in (1, -1)}
-    whole = [axis for axis, each in sums.items() if bool(((each - 1).abs() < 1e-3).all())]
+    near = 0.05 if labels.is_floating_point() and labels.element_size() == 2 else 1e-3
+    whole = [axis for axis in axes if bool(((values.sum(axis) - 1).abs() < near).all())]
     name = "labels.long()" if labels.dtype == torch.bool else "labels"
     if len(whole) == 2:
         return (
@@ -225,11 +252,12 @@ def _of_channels(labels: Tensor) -> str:
     if len(whole) == 1:
         word = "soft or one-hot labels" if labels.is_floating_point() else "one-hot labels"
         return f"For {word} use {name}.argmax({whole[0]})."
-    marked = (values > 0.5).sum(1)
+    axis = axes[0]
+    marked = (values > 0.5).sum(axis)
     none, several = int((marked == 0).sum()), int((marked > 1).sum())
     return (
         f"Read with a channel for each class, {none} pixels have no class and {several} have "
         "several, and MVSC needs one. To leave these pixels out use marked = labels > 0.5 and "
-        "torch.where(marked.sum(1) == 1, marked.long().argmax(1), ignore_index) with the "
-        "ignore_index of the regularizer."
+        f"torch.where(marked.sum({axis}) == 1, marked.long().argmax({axis}), ignore_index) with "
+        "the ignore_index of the regularizer."
     )

@@ -530,7 +530,7 @@ class MVSCRegularizer(nn.Module):
             features, self.dim, self.centroids.device, rows=rows, channels_last=channels_last
         )
         tokens = features.ndim == 3 and (grid is not None or rows or last)
-        check_labels(labels, features, tokens)
+        check_labels(labels, features, tokens, self.num_classes)
         axes = features.ndim - 2
         features = checks.on_grid(features, tuple(labels.shape[1:]), grid, last)
         if reads_axes(classifier) != axes:  # Tokens may be read folded, by a Conv1d, or not.

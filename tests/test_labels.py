@@ -151,6 +151,57 @@ def test_one_hot_labels_with_void_pixels_stay_void():
     assert torch.equal(end, y)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_void_pixels_of_one_hot_labels_stay_void_whichever_axis_the_classes_have(axis):
+    y = right()
+    hot = F.one_hot(y, CLASSES)
+    hot[:, :3] = 0
+    (end,) = follow(hot.movedim(-1, axis))
+    y[:, :3] = 255
+    assert torch.equal(end, y)
+
+
+COLOURS = torch.tensor([[0, 0, 0], [255, 0, 0], [0, 255, 255], [255, 255, 0]])
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("form", [lambda y: y.byte(), lambda y: y / 255])
+@pytest.mark.parametrize("colours", [COLOURS, COLOURS.roll(1, -1), 255 * torch.eye(3).long()])
+def test_saturated_colours_are_not_a_channel_for_each_class(colours, form, axis):
+    labels = form(colours[right() % len(colours)].movedim(-1, axis))
+    assert "no axis with a channel for each of the 4 classes: colours" in ask(labels)
+    assert follow(labels) == [ask(labels)]
+
+
+def test_one_hot_labels_without_a_background_are_not_taken_for_the_first_classes():
+    hot = F.one_hot(right(), CLASSES)[..., 1:].movedim(-1, 1)
+    assert "channels of which the background has none" in ask(hot)
+    assert remedies(ask(hot)) == []
+
+
+def test_bfloat16_rounds_probabilities_whose_sum_is_still_one():
+    y = right()
+    noise = torch.rand(2, CLASSES, 8, 8)
+    soft = (2 * F.one_hot(y, CLASSES).movedim(-1, 1) + noise).softmax(1).bfloat16()
+    assert (soft.double().sum(1) - 1).abs().max() > 1e-3
+    (end,) = follow(soft)
+    assert torch.equal(end, y)
+
+
+@pytest.mark.parametrize("form", [lambda y: y, lambda y: y[:, None]])
+def test_nan_is_what_has_no_label(form):
+    y = right().float()
+    y[:, :2] = torch.nan
+    (end,) = follow(form(y))
+    assert torch.equal(end, y.nan_to_num(255).long())
+
+
+def test_a_batch_of_background_does_not_show_whether_totensor_has_made_it():
+    ends = follow(torch.zeros(2, 8, 8))
+    assert len(ends) == 2
+    assert "if ToTensor has made them: 0 does not show whether" in ask(torch.zeros(2, 8, 8))
+
+
 @pytest.mark.parametrize(
     "form", ["float", "(B, 1, H, W)", "(B, 1, H, W) float", "one-hot first", "probabilities"]
 )
@@ -234,6 +285,12 @@ def test_labels_of_views_are_repeated_as_the_views_are(made):
     assert sum(torch.equal(end, y[order]) for end in ends) == 1
     message = ask(y, batch=4)
     assert "repeat_interleave(2, 0) if they come one after the other, torch.cat" in message
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_images_without_labels_get_maps_of_the_ignored_kind(batch):
+    assert "of images without labels append maps of ignore_index." in ask(right(), batch=batch)
+    assert "append" not in ask(right(), batch=1)
 
 
 @pytest.mark.parametrize("axis", [1, -1])
