@@ -1,7 +1,7 @@
 """Multi-group Visual Semantic Centroids: a training-only regularizer for segmentation."""
 
 from mvsc import diagnostics, equations
-from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach
+from mvsc.attach import AttachedRegularizer, ClassifierNotFoundError, attach, detach
 from mvsc.distributed import assert_in_sync
 from mvsc.equations import MVSCTerms
 from mvsc.kernel import segment_mean
@@ -16,6 +16,7 @@ __all__ = [
     "MVSCTerms",
     "assert_in_sync",
     "attach",
+    "detach",
     "diagnostics",
     "equations",
     "segment_mean",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvsc.regularizer import MVSCRegularizer
+from mvsc.sampling import is_replaying
 from mvsc.tap import Hook, Tap
 from mvsc.watch import warn
 
@@ -24,6 +25,15 @@ _ADDED = (
 _UNLABELLED = (
     "the last forward had no labels. Pass labels to the model, or attach without add_to_loss and "
     "add reg(labels) to the loss yourself."
+)
+_LABELS_OF_THE_MODEL = (
+    "The model's own loss takes the same labels: if it needs them as they are, attach without "
+    "add_to_loss and add reg(labels) of the converted ones to the loss yourself."
+)
+_CHECKPOINTED = (
+    "add_to_loss cannot add in a checkpoint of the whole model with its loss. Checkpoint the "
+    "model's parts, or attach without add_to_loss and add reg(labels) to the loss yourself, with "
+    "use_reentrant=False."
 )
 _PAST_THE_HOOKS = (
     "the classifier ran, but not in a call of the model that is attached: somebody calls its "
@@ -106,6 +116,8 @@ class AddToLoss:
         if labels is None and self.position is not None and len(args) > self.position:
             labels = args[self.position]
         if not listens:
+            if labels is not None and self.tap.classifier is not None and is_replaying():
+                raise RuntimeError(_CHECKPOINTED)
             evaluates = self.tap.classifier is not None and not self.tap.classifier.training
             if evaluates and labels is not None and torch.is_grad_enabled():
                 self._notice_nothing_added(self.tap.missing)
@@ -131,7 +143,12 @@ class AddToLoss:
                 "its only scalar with a gradient. Attach without add_to_loss, and add reg(labels) "
                 "to the loss yourself."
             )
-        loss = self.tap.use(self.regularizer, labels)
+        try:
+            loss = self.tap.use(self.regularizer, labels)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("labels "):
+                raise
+            raise type(error)(f"{error} {_LABELS_OF_THE_MODEL}") from error
         self.tap.missing = _ADDED
         if self.scale is not None:
             loss = self.scale() * loss

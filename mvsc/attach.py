@@ -15,10 +15,10 @@ from mvsc.finding import ClassifierNotFoundError, find_classifier
 from mvsc.hosts import HOSTS, speaks_against
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.sampling import is_capturing
-from mvsc.tap import DATA_PARALLEL, Hook, Tap
+from mvsc.tap import DATA_PARALLEL, Hook, Tap, strip
 from mvsc.watch import warn
 
-__all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach"]
+__all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach", "detach"]
 
 logger = logging.getLogger("mvsc")
 
@@ -93,6 +93,25 @@ def attach(
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
     device = next(layer.parameters()).device
     return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss)
+
+
+def detach(model: nn.Module) -> None:
+    """Take off a model whatever was attached to it, whoever holds the regularizer.
+
+    For what nobody can call ``detach()`` of: a regularizer that only the traceback of an error
+    holds, and the idle hooks of a model that was copied or pickled while it was attached, which
+    torch.jit.script cannot read. Nothing happens where nothing is attached.
+
+    Args:
+        model: the segmenter; also inside DistributedDataParallel or ``torch.compile``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 1))
+        >>> lost = attach(model, classifier="1")
+        >>> detach(model)
+        >>> reg = attach(model, classifier="1")
+    """
+    strip(_unwrap(model))
 
 
 class AttachedRegularizer(nn.Module):

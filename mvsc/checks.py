@@ -96,6 +96,12 @@ def check_features(
         )
     if shape[-1 if last else 1] != dim:
         raise ValueError(_wrong_width(shape, dim, last))
+    if device.type == "meta" and not features.is_meta:
+        raise ValueError(
+            "the regularizer must have values, and was attached to a model on the meta device. Use "
+            f"reg.to_empty(device={str(features.device)!r}) and then, of the MVSCRegularizer, "
+            "reset_parameters(); or attach when the model has its values."
+        )
     if features.device != device:
         raise ValueError(
             f"features must be on the device of the centroids, {device}, got {features.device}. "

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
     # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
     first = [(a[:1], b[:1]) for a, b in pairs]
     if not pairs:
-        parts = [each for each in maps if _is_rearranged(answer[:1], each[:1])]
+        parts = [m for m in maps if _is_rearranged(answer[:1], m[:1]) or _is_cut(answer[:1], m[:1])]
         if not parts:
             return None
         return Verdict(None, _REARRANGED.format(answer.shape[1], parts[0].shape[1]))
@@ -98,7 +99,8 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
     reason = (
         f"it gives {tuple(a.shape)} and the model returns {tuple(b.shape)}, which is not a resize "
         "of that: a residual or a layer with weights follows. Name the last linear layer "
-        "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer."
+        "(classifier=...; example= proves it), or pass features and classifier to MVSCRegularizer. "
+        "If only a mask, a clamp or a fixed prior follows, all is well."
     )
     return Verdict(None, reason)
 
@@ -225,6 +227,14 @@ def _is_rearranged(answer: Tensor, output: Tensor) -> bool:
     return bool(torch.isin(output, answer).all())
 
 
+def _is_cut(answer: Tensor, output: Tensor) -> bool:
+    """Return whether an output is a resized answer without its first or its last classes."""
+    more = answer.shape[1] - output.shape[1]
+    if output.ndim != answer.ndim or more < 1 or output.shape[1] < 2:
+        return False
+    return any(_is_resized(part, output) for part in (answer[:, more:], answer[:, :-more]))
+
+
 def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
     """Return the size of an answer that was resized by a whole stride and cropped to the logits.
 
@@ -237,10 +247,12 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
             continue
         for way in _RESIZES[answer.ndim - 2]:
             whole = F.interpolate(answer, padded, **way)
-            for halves in (0, 1, 2):  # padded at the end, on both sides, at the beginning
+            # Each axis was padded at the end, on both sides, or at the beginning.
+            more = [big - n for big, n in zip(padded, size, strict=True)]
+            for starts in product(*(dict.fromkeys((0, n // 2, n)) for n in more)):
                 part = whole
-                for axis, (big, n) in enumerate(zip(padded, size, strict=True), start=2):
-                    part = part.narrow(axis, (big - n) * halves // 2, n)
+                for axis, (start, n) in enumerate(zip(starts, size, strict=True), start=2):
+                    part = part.narrow(axis, start, n)
                 if _relative(part, logits) <= _SAME:
                     return padded
     return None

@@ -461,7 +461,7 @@ class MVSCRegularizer(nn.Module):
     ) -> MVSCTerms:
         """Walk from features to terms; one that is not wanted stays a constant 0."""
         features, labels, axes = self._check(features, labels, classifier, grid, channels_last)
-        self._advance()
+        self._advance(learns=bool(wanted))
         ask = partial(classify_vectors, classifier, num_classes=self.num_classes, axes=axes)
         # Sums, norms and logits in float32, whatever the model around runs in.
         with _without_autocast(features.device.type):
@@ -573,7 +573,7 @@ class MVSCRegularizer(nn.Module):
         bad = out_of_range(labels, self.num_classes, self.ignore_index)
         self.invalid_count += bad.sum()
 
-    def _advance(self) -> None:
+    def _advance(self, learns: bool) -> None:
         """Count a training step, but not when a backward replays one (checkpointing).
 
         A replay that drew another split would silently give wrong gradients.
@@ -585,7 +585,7 @@ class MVSCRegularizer(nn.Module):
             _count_step(self.step)
         elif not is_replaying():
             self.step += 1
-            if torch.is_grad_enabled():  # Else nobody means to step.
+            if learns and torch.is_grad_enabled():  # Else nobody means to step.
                 self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
             if self._stepper is not None:
                 self._stepper.begin(self.centroids)

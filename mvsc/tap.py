@@ -65,8 +65,9 @@ _NO_TENSOR = (
 )
 _NO_GRADIENT = (
     "The features have no gradient, so the loss could not reach the encoder: all before the "
-    "classifier is frozen, or runs in a reentrant checkpoint. Unfreeze it, or set "
-    "use_reentrant=False."
+    "classifier is frozen, detached, or runs in a reentrant checkpoint. Unfreeze it, or set "
+    "use_reentrant=False. To train the classifier alone, leave reg(labels) out and call "
+    "reg.discard() when the rest trains, or pass features and classifier to MVSCRegularizer."
 )
 _REPLACED = (
     "The classifier was replaced since it was attached. Call detach() and attach again, with the "
@@ -84,6 +85,15 @@ DATA_PARALLEL = (
 )
 
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
 class Hook:
     """A hook of mvsc on somebody's module, which does not go where the module is copied to.
 
@@ -91,11 +101,11 @@ class Hook:
     does nothing, so it is attached to nothing and can be loaded where there is no mvsc.
 
     Args:
-        client: whose hook it is.
+        client: whose hook it is: a tap, or what has one.
         call: what is to be called.
     """
 
-    def __init__(self, client: object, call: Callable[..., Any]) -> None:
+    def __init__(self, client: Any, call: Callable[..., Any]) -> None:
         self.client, self.call = client, call
 
     def __call__(self, *args: Any) -> Any:
@@ -104,6 +114,19 @@ class Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def strip(model: nn.Module) -> None:
+    """Take every hook of mvsc off a model, also what stands in their place in a copy."""
+    for module in model.modules():
+        for number, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
+            if isinstance(hook, Hook):
+                tap = hook.client if isinstance(hook.client, Tap) else hook.client.tap
+                tap.close()
+            elif not isinstance(getattr(hook, "__self__", None), nullcontext):
+                continue
+            for name in _HOOKS:
+                vars(module)[name].pop(number, None)
 
 
 class Tap:
@@ -147,7 +170,8 @@ class Tap:
             else:
                 raise ValueError(
                     f"model must have one regularizer at a time, got one attached to {path!r} "
-                    "already. Call its detach() first."
+                    "already. Call its detach() first, or mvsc.detach(model) where nothing but "
+                    "the traceback of an error holds it."
                 )
         for dropout in _dropouts_near(model, path, entrance):
             before, after = Hook(self, self._before_dropout), Hook(self, self._after_dropout)

@@ -6,6 +6,7 @@ and Python know for nothing raises a suspicion, and only that is looked into, on
 
 import sys
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ _IDLE_STEPS = 100
 _NOT_IN_OPTIMIZER = (
     "the optimizer does not know them. Add optimizer.add_param_group(reg.param_group())."
 )
+_NO_GRADIENT = (
+    "the optimizer does not know them, or they get no gradient. Add "
+    "optimizer.add_param_group(reg.param_group()); where gradients are taken of the model's "
+    "parameters alone (torch.autograd.grad, backward(inputs=...)), take those of "
+    "reg.parameters(), too."
+)
 _NO_OTHER_STEPPED = (
     "their own optimizer steps after the model's, and no torch.optim.Optimizer has stepped. "
     'With one that is none, use optimizer="host" and step reg.parameters() in it.'
@@ -43,7 +50,8 @@ _NO_OTHER_STEPPED = (
 _KEPT = (
     "the centroids still had the gradient of an earlier step when this one's was added, though an "
     "optimizer has moved them since: model.zero_grad() does not know them. Call "
-    "optimizer.zero_grad(), or reg.zero_grad() beside model.zero_grad()."
+    "optimizer.zero_grad(), or reg.zero_grad() beside model.zero_grad(). In a transformers Trainer "
+    "use attach_to_trainer, which does so. (If gradients are added up on purpose, all is well.)"
 )
 
 
@@ -94,13 +102,14 @@ class Watch:
         """Warn if labels were not padded as a model that crops its logits pads its images."""
         if len(padded) != len(labels):
             return  # an error comes
-        # Of another resolution they may be; but all axes may have been padded by one factor.
-        ratio = all(a * labels[0] == b * padded[0] for a, b in zip(padded, labels, strict=True))
-        if labels == cropped or not ratio:
+        # Labels may be of another resolution than logits; a square is padded to a square.
+        unpadded, right = _factor(cropped, labels), _factor(padded, labels)
+        if labels == cropped or right is None or (_is_stride(unpadded) and not _is_stride(right)):
+            sizes = [round(a * b / c) for a, b, c in zip(padded, labels, cropped, strict=True)]
             self.say(
                 "sizes",
                 "the model pads its images and crops its logits, so labels of "
-                f"{describe_sizes(labels)} are stretched over images of {describe_sizes(padded)}. "
+                f"{describe_sizes(labels)} are stretched over images of {describe_sizes(sizes)}. "
                 "Pad the labels with ignore_index to that size, in the same way: "
                 "F.pad(labels, (left, right, top, bottom), value=ignore_index). Where add_to_loss "
                 "hands on the model's own, attach without it and call reg(padded).",
@@ -163,26 +172,29 @@ class Watch:
                 )
 
     def notice_idle_centroids(self, centroids: Tensor, own: bool = False) -> None:
-        """Warn if no optimizer moves the centroids, though they have a gradient."""
-        # An optimizer changes the tensor, which autograd counts, and clears its gradient.
+        """Warn if no optimizer moves the centroids, though they have a part in the loss."""
+        # An optimizer changes the tensor, which autograd counts.
         version = centroids._version
-        idle = centroids.grad is not None and version == self.version_seen
+        idle = version == self.version_seen and centroids.requires_grad
+        if own and centroids.grad is None:
+            idle = False  # The stepper notices that.
         self.version_seen = version
         self.idle_steps = self.idle_steps + 1 if idle else 0
         if self.idle_steps < _IDLE_STEPS // 2 or "idle" in self.said:
             self.values_seen = None
         elif self.values_seen is None:
             # A fused optimizer moves values that autograd does not count: compare them, once.
-            self.values_seen, self.always_kept = centroids.detach().clone(), True
+            self.values_seen, self.always_kept = _shard_of(centroids).clone(), True
         elif self.idle_steps >= _IDLE_STEPS and not is_capturing(centroids.device):
-            if torch.equal(self.values_seen, centroids):
+            if torch.equal(self.values_seen, _shard_of(centroids)) and self.values_seen.numel():
+                why = _NO_OTHER_STEPPED if own else _NOT_IN_OPTIMIZER
+                why = _NO_GRADIENT if centroids.grad is None else why
                 self.say(
                     "idle",
-                    f"the centroids have a gradient but have not changed in {_IDLE_STEPS} steps: "
-                    f"{_NO_OTHER_STEPPED if own else _NOT_IN_OPTIMIZER} (If all is right, then "
-                    "gradients are accumulated for longer than that.)",
+                    f"the centroids have not changed in {_IDLE_STEPS} steps: {why} (If all is "
+                    "right, then gradients are accumulated for longer than that.)",
                 )
-            elif self.always_kept:
+            elif self.always_kept and centroids.grad is not None:
                 self.say("kept", _KEPT)
             self.said.add("idle")
             self.values_seen = None
@@ -211,6 +223,23 @@ class Watch:
 
         view.register_hook(before)  # type: ignore[no-untyped-call]
         return view
+
+
+def _shard_of(tensor: Tensor) -> Tensor:
+    """Return the values that this process has: no other may be asked, since it may not ask."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.detach()
+
+
+def _factor(size: tuple[int, ...], labels: tuple[int, ...]) -> Fraction | None:
+    """Return by how much labels are larger than a size; None if not by the same in each axis."""
+    factors = {Fraction(b, a) for a, b in zip(size, labels, strict=True)}
+    return factors.pop() if len(factors) == 1 else None
+
+
+def _is_stride(factor: Fraction | None) -> bool:
+    """Return whether a factor is a power of 2, this way or that, as nearly all strides are."""
+    return factor is not None and (factor.numerator * factor.denominator).bit_count() == 1
 
 
 def _have_a_stride(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:

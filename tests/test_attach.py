@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from mvsc import MVSCRegularizer
-from mvsc.attach import AttachedRegularizer, attach
+from mvsc.attach import AttachedRegularizer, attach, detach
 from tiny_nets import CLASSES, DIM, Net, NetWithLoss
 
 
@@ -345,6 +345,29 @@ def test_a_regularizer_that_nobody_holds_gives_way(images, labels):
 
 
 @pytest.mark.parametrize("add_to_loss", [False, True])
+def test_detach_makes_room_where_only_the_traceback_of_an_error_holds_a_regularizer(
+    images, labels, add_to_loss
+):
+    model = NetWithLoss()
+
+    def trial():
+        reg = attach(model, add_to_loss=add_to_loss)
+        raise RuntimeError("diverged", str(reg))
+
+    with pytest.raises(RuntimeError, match="diverged") as kept:  # as a notebook keeps the last one
+        trial()
+    with pytest.raises(ValueError, match=r"or mvsc\.detach\(model\) where nothing but"):
+        attach(model)
+    detach(model)
+    detach(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    reg = attach(model, add_to_loss=add_to_loss)
+    assert model(images, labels).loss.isfinite()
+    reg.detach()
+    assert kept.tb is not None
+
+
+@pytest.mark.parametrize("add_to_loss", [False, True])
 def test_who_attaches_again_takes_the_place_of_one_that_nobody_holds(images, labels, add_to_loss):
     model = NetWithLoss()
 
@@ -436,7 +459,9 @@ def test_frozen_features_raise(images, labels):
     model.encoder.requires_grad_(False)
     reg = attach(model)
     model(images)
-    with pytest.raises(RuntimeError, match=r"no gradient.*frozen.*Unfreeze"):
+    with pytest.raises(
+        RuntimeError, match=r"no gradient.*frozen.*Unfreeze.*classifier alone.*to MVSC"
+    ):
         reg(labels)
 
 
@@ -635,6 +660,41 @@ def test_add_to_loss_in_evaluation_mode_on_purpose_says_how(images, labels):
     eval(str(said[0].message).rpartition(": ")[2].rstrip("."), {"model": model})
     model(images, labels).loss.backward()
     assert reg.regularizer.centroids.grad is not None
+
+
+def test_add_to_loss_converts_no_labels_that_the_models_own_loss_needs(images, labels):
+    class Binary(NetWithLoss):
+        def forward(self, images, labels=None):
+            logits = Net.forward(self, images)
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+            return SimpleNamespace(loss=loss, logits=logits)
+
+    model, masks = Binary(classes=1), (labels[:, None] > 1).float()
+    held = attach(model, classifier="classifier", add_to_loss=True)
+    told = r"squeeze\(1\)\.long.*own loss.*attach without add_to_loss"
+    with pytest.raises(ValueError, match=told):
+        model(images, masks)
+    held.detach()
+    reg = attach(model, classifier="classifier")
+    (model(images, masks).loss + reg(masks.squeeze(1).long())).backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_add_to_loss_in_a_checkpoint_of_the_model_with_its_loss_is_refused(
+    images, labels, use_reentrant
+):
+    model = NetWithLoss()
+    images.requires_grad_()
+
+    def loss(images):
+        return model(images, labels).loss
+
+    held = attach(model, add_to_loss=True)
+    with pytest.raises(RuntimeError, match=r"checkpoint of the whole model.*model's parts"):
+        checkpoint(loss, images, use_reentrant=use_reentrant).backward()
+    held.detach()
+    reg = attach(model)
+    (checkpoint(loss, images, use_reentrant=False) + reg(labels)).backward()
 
 
 class Direct(nn.Module):

@@ -309,6 +309,8 @@ def test_reset_parameters_brings_the_first_state_back_also_from_the_meta_device(
     assert_close(reg.state_dict(), fresh, rtol=0, atol=0)
     with torch.device("meta"):
         empty = MVSCRegularizer(5, 6)
+    with pytest.raises(ValueError, match=r"reg\.to_empty\(device='cpu'\) and then.*reset_param"):
+        empty(step.features, step.labels, step.classifier)
     empty = empty.to_empty(device="cpu")
     empty.reset_parameters()
     assert_close(empty.state_dict(), fresh, rtol=0, atol=0)

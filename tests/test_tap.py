@@ -21,7 +21,7 @@ from torch.ao import quantization
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
-from mvsc.attach import attach
+from mvsc.attach import attach, detach
 from tiny_nets import CLASSES, DIM, Net, NetWithLoss
 
 
@@ -240,6 +240,22 @@ def test_the_hooks_of_a_copy_do_nothing(images, labels, duplicate):
     attach(other).detach()
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_detach_strips_a_copy_too_so_that_it_can_be_scripted(images, duplicate):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), nn.Dropout(0.5), nn.Conv2d(DIM, CLASSES, 1))
+    counted: list[object] = []
+    model[2].register_forward_hook(lambda *_: counted.append(1))
+    attach(model, classifier="2")
+    other = duplicate(model) if duplicate is copy.deepcopy else nn.Sequential(*model).eval()
+    detach(other)
+    other(images)
+    assert len(counted) == 1  # Another's hook stays.
+    other[2]._forward_hooks.clear()
+    other.eval()
+    assert_close(torch.jit.script(other)(images), other(images))
+
+
 def test_a_file_of_an_attached_model_is_no_larger_for_what_was_tapped(images):
     model = Net()
     size = len(saved(model))
@@ -366,6 +382,14 @@ def test_an_answer_that_is_returned_in_other_classes_is_doubted(images, after, c
     model = After(after, classes=16)
     attach(model, classifier="classifier")
     with pytest.warns(UserWarning, match=rf"gives 16 classes.*as maps of {classes}: a PixelSh"):
+        model(images)
+
+
+@pytest.mark.parametrize("cut", [lambda z: z[:, 1:], lambda z: z[:, :-1]])
+def test_an_answer_of_which_a_class_is_left_out_after_a_resize_is_doubted(images, cut):
+    model = After(lambda z: cut(F.interpolate(z, scale_factor=2, mode="bilinear")))
+    attach(model, classifier="classifier")
+    with pytest.warns(UserWarning, match=rf"gives {CLASSES} classes.*or a cut follows"):
         model(images)
 
 

@@ -107,6 +107,68 @@ def test_a_model_that_pads_and_crops_is_told_to_pad_the_labels_too(model, size):
     assert seen[0].filename == __file__  # the user's line, not one of ours
 
 
+class PaddingAtStride(nn.Module):
+    """Pads to a multiple of 32 and returns logits of a quarter of the size, cropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.classifier = nn.Conv2d(3, DIM, 4, 4), nn.Conv2d(DIM, CLASSES, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h, w = images.shape[2:]
+        padded = F.pad(images, (0, -w % 32, 0, -h % 32))
+        return self.classifier(self.encoder(padded))[..., : h // 4, : w // 4]
+
+
+@pytest.mark.parametrize(
+    ("size", "padded"), [((72, 128), "96 x 128"), ((36, 36), "64 x 64"), ((48, 72), "64 x 96")]
+)
+def test_the_size_to_pad_labels_to_is_theirs_and_not_that_of_logits_at_a_stride(size, padded):
+    model = PaddingAtStride()
+    reg = attach(model, classifier="classifier", groups=1)
+    labels = torch.randint(0, CLASSES, (1, *size))
+    model(torch.randn(1, 3, *size))
+    with pytest.warns(UserWarning, match=rf"over images of {padded}\..*F\.pad\(labels"):
+        reg(labels)
+
+
+@pytest.mark.parametrize("size", [(72, 128), (36, 36), (48, 72), (32, 32)])
+def test_labels_that_are_padded_for_logits_at_a_stride_are_taken_in_silence(size):
+    model = PaddingAtStride()
+    reg = attach(model, classifier="classifier", groups=1)
+    labels = torch.randint(0, CLASSES, (1, *size))
+    padded = F.pad(labels, (0, -size[1] % 32, 0, -size[0] % 32), value=255)
+    for each in (padded, padded[:, ::2, ::2], padded[:, 2::4, 2::4]):
+        model(torch.randn(1, 3, *size))
+        reg(each)
+
+
+def test_images_that_are_padded_to_twice_their_size_are_noticed():
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2, 32, 32))
+    with pytest.warns(UserWarning, match=r"over images of 64 x 64\..*F\.pad\(labels"):
+        step(Padding(to=64), images, labels)
+
+
+def test_labels_of_a_quarter_are_stretched_too_where_a_square_is_padded():
+    model = Padding()
+    reg = attach(model, classifier="classifier", groups=1)
+    model(torch.randn(1, 3, 36, 36))
+    with pytest.warns(UserWarning, match=r"labels of 9 x 9 .* over images of 16 x 16\."):
+        reg(torch.randint(0, CLASSES, (1, 9, 9)))
+
+
+def test_a_model_may_pad_one_axis_on_both_sides_and_the_other_at_its_end():
+    class Mixed(Padding):
+        def forward(self, images: Tensor) -> Tensor:
+            padded = F.pad(images, (0, 20, 7, 7))
+            logits = self.classifier(self.encoder(padded))
+            return F.interpolate(logits, scale_factor=4, mode="bilinear")[..., 7:-7, :-20]
+
+    images, labels = torch.randn(2, 3, 50, 76), torch.randint(0, CLASSES, (2, 50, 76))
+    with pytest.warns(UserWarning, match=r"over images of 64 x 96\..*F\.pad\(labels"):
+        step(Mixed(), images, labels)
+
+
 @dataclasses.dataclass
 class Output:
     logits: Tensor
@@ -493,6 +555,45 @@ def test_a_forgotten_regularizer_is_noticed_once(fused):
     with pytest.warns(UserWarning, match=r"optimizer does not know them") as seen:
         assert idle(lambda _: torch.optim.AdamW([other], fused=fused), steps=310) == 0
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda loss, own: [
+            setattr(p, "grad", g) for p, g in zip(own, torch.autograd.grad(loss, own), strict=True)
+        ],
+        lambda loss, own: loss.backward(inputs=own),
+    ],
+    ids=["autograd.grad", "inputs"],
+)
+def test_gradients_of_the_models_parameters_alone_are_noticed_and_the_remedy_works(take):
+    def train(others):
+        torch.manual_seed(0)
+        classifier, reg = nn.Conv2d(DIM, CLASSES, 1), MVSCRegularizer(CLASSES, DIM)
+        own = [*classifier.parameters(), *(reg.parameters() if others else ())]
+        groups = [{"params": [*classifier.parameters()]}, reg.param_group()]
+        optimizer, drawn = torch.optim.SGD(groups, 0.1), reg.centroids.detach().clone()
+        features, labels = torch.randn(1, DIM, 4, 4), torch.randint(0, CLASSES, (1, 4, 4))
+        for _ in range(110):
+            optimizer.zero_grad()
+            take(reg(features, labels, classifier), own)
+            optimizer.step()
+        return torch.equal(reg.centroids, drawn)
+
+    with pytest.warns(UserWarning, match=r"they get no gradient.*take those of reg.parameters"):
+        assert train(False)
+    assert not train(True)
+
+
+@pytest.mark.parametrize("switched", ["frozen", "weights"])
+def test_centroids_that_are_not_to_learn_are_no_idle_ones(switched):
+    weights = {"align_weight": 0, "pull_weight": 0, "classify_weight": 0}
+    reg = MVSCRegularizer(CLASSES, DIM, **(weights if switched == "weights" else {}))
+    reg.centroids.requires_grad_(switched != "frozen")
+    classifier = nn.Conv2d(DIM, CLASSES, 1)
+    for _ in range(110):
+        reg(torch.randn(1, DIM, 4, 4), torch.randint(0, CLASSES, (1, 4, 4)), classifier)
 
 
 def test_a_long_validation_without_gradients_is_no_idle_optimizer():
