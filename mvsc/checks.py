@@ -43,6 +43,20 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be {options}, got {value!r}.")
 
 
+def check_dense(name: str, value: object) -> None:
+    """Raise if a tensor is nested or sparse."""
+    if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
+        remedy = f"Use {name}.to_dense()."
+        if value.is_nested:
+            padding = "ignore_index" if name == "labels" else "0.0"
+            remedy = (
+                f"Use torch.nested.to_padded_tensor({name}, {padding}); what is padded has to have "
+                "labels of ignore_index."
+            )
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one. {remedy}")
+
+
 def check_feature_map(features: object, channels_last: bool = False) -> Tensor:
     """Raise unless ``features`` is a floating tensor with one to three spatial axes; return it."""
     if not isinstance(features, Tensor):
@@ -85,6 +99,7 @@ def check_features(
     Returns:
         A view of shape ``(batch, dim, *spatial)``, and whether the channels came last.
     """
+    check_dense("features", features)
     shape = tuple(features.shape) if isinstance(features, Tensor) else ()
     last = rows and shape[-1:] == (dim,) if channels_last is None else bool(channels_last)
     features = check_feature_map(features, last)

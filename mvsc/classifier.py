@@ -378,7 +378,9 @@ def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]
         spans = "".join(f", {r.least} to {r.most}" if r.size > 1 else ", 1" for r in regions)
         raise ValueError(
             f"classifier must map ({count}, dim{asked}) to ({count}, {num_classes}{spans}), got "
-            f"{shape}. Pass the model's last linear layer alone, without upsampling."
+            f"{shape}. Pass the model's last linear layer alone, without upsampling; where a "
+            "PixelShuffle or the like makes several places of one, an auxiliary 1x1 classifier "
+            "that has a cross-entropy of its own."
         )
     for axis, region in enumerate(regions, start=2):
         if region.size > 1:
@@ -401,6 +403,12 @@ def _ends_in(name: str) -> str:
     )
 
 
+_SEVERAL_PLACES = (
+    "; where a PixelShuffle makes several places of one, pass an auxiliary 1x1 classifier that has "
+    "a cross-entropy of its own"
+)
+
+
 def _is_one_logit(classes: int, num_classes: int) -> bool:
     return classes == 1 and num_classes == 2
 
@@ -413,5 +421,6 @@ def _wrong_classes(num_classes: int, got: int) -> str:
         )
     return (
         f"classifier must return num_classes={num_classes} logits, got {got}. "
-        f"Build MVSCRegularizer with num_classes={got} or pass the classifier of these classes."
+        f"Build MVSCRegularizer with num_classes={got} or pass the classifier of these classes"
+        f"{_SEVERAL_PLACES if got % num_classes == 0 else ''}."
     )

@@ -25,10 +25,14 @@ _MUCH = 4
 _STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
 """Strides that models have."""
 
+_CUT = (
+    "it gives {} classes, and the model returns {} of them: a cut follows. Pass the features to "
+    "MVSCRegularizer, with a callable that cuts as the model does."
+)
 _REARRANGED = (
-    "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle, a "
-    "reshape or a cut follows. Pass the features to MVSCRegularizer, with a callable that cuts as "
-    "the model does, or else with an auxiliary 1x1 classifier that has a cross-entropy of its own."
+    "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle or a "
+    "reshape follows, so that a place of the features has several answers. Pass the features to "
+    "MVSCRegularizer, with an auxiliary 1x1 classifier that has a cross-entropy of its own."
 )
 _SCALED = (
     "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
@@ -79,10 +83,11 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
     # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
     first = [(a[:1], b[:1]) for a, b in pairs]
     if not pairs:
-        parts = [m for m in maps if _is_rearranged(answer[:1], m[:1]) or _is_cut(answer[:1], m[:1])]
-        if not parts:
-            return None
-        return Verdict(None, _REARRANGED.format(answer.shape[1], parts[0].shape[1]))
+        for each in maps:
+            for made, text in ((_is_cut, _CUT), (_is_rearranged, _REARRANGED)):
+                if made(answer[:1], each[:1]):
+                    return Verdict(None, text.format(answer.shape[1], each.shape[1]))
+        return None
     exact = [_without_softmax(a, b) for a, b in first]
     if any(_is_resized(a, b) for a, b in exact):
         return Verdict(None)
@@ -134,13 +139,18 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Read an answer as the logits, whose classes are second or last; all that fits its classes.
 
-    Tokens are unfolded to the logits' grid. Of two dates the logits may be stacked, or belong to
-    the first half of the answer.
+    Tokens are unfolded to the logits' grid, and a map is folded to logits in a row. Of two dates
+    the logits may be stacked, or belong to the first half of the answer. One logit may have no axis
+    of classes.
     """
     if logits.ndim == answer.ndim + 1 and answer.shape[0] == logits.shape[:2].numel():
         logits = logits.flatten(0, 1)
     elif logits.ndim == answer.ndim and answer.shape[0] == 2 * logits.shape[0]:
         answer = answer[: logits.shape[0]]
+    elif logits.ndim == answer.ndim - 1 and answer.shape[1] == 1:
+        logits = logits.unsqueeze(1)
+    elif logits.ndim == 3 < answer.ndim:
+        answer = answer.flatten(2)
     if not (3 <= answer.ndim <= 5 and 3 <= logits.ndim <= 5):
         return []
     pairs = []

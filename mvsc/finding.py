@@ -30,6 +30,9 @@ _SINGLE = "gives one logit, which stands for two classes"
 
 _LISTED = 12
 
+_LOGITS = ("out", "logits", "seg", "segmentation", "sem_seg", "masks")
+"""Names that models have for their logits, the commonest first."""
+
 
 class ClassifierNotFoundError(ValueError):
     """No pixel classifier could be told for certain; the message lists the candidates."""
@@ -278,17 +281,19 @@ def _width_given(layer: nn.Module) -> int:
 def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     """Return ``path``, or else the only one, whose output in one forward is the logits.
 
-    Of several parts that a model returns the first counts. But those of a list are all alike:
-    where others are as large as the first, only a path that is known can be proved.
+    Of several parts that a model returns the first counts, as where others supervise deeper maps.
+    But those of a list are all alike: where others are as large as the first, only a path that is
+    known can be proved. So it is where other layers give parts of other classes, or of other names.
     """
-    outputs, parts, alike = _run(model, example)
+    outputs, parts, alike, by_name = _run(model, example)
     logits = parts[0]
-    classes = {logits.shape[1], logits.shape[-1]}
-    wide = [name for name, layer in _linear_layers(model) if _width_given(layer) in classes]
+    wide = [name for name, layer in _linear_layers(model) if _fits(layer, logits)]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
     answers = {name: outputs.get(model.get_submodule(name), []) for name in names}
     reasons = {name: difference(answers[name], logits) for name in names}
     refused = refusal(model)
+    if path is None and refused is None and (sole := _of_several(model, outputs, parts, by_name)):
+        return sole
     for name in names:
         # DETR's logits are those of its queries: proved, and yet no pixel's.
         if _classifies_queries(model, name, refused) or refused_whole(model):
@@ -308,13 +313,60 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     fits = "its output is the logits"
     listed = {name: reason or fits for name, reason in reasons.items()}
     refuted = [name for name in reasons if reasons[name]]
-    if bool(((logits >= 0) & (logits <= 1)).all()):
+    if _are_probabilities(logits):
         elsewhere = _outside_other_models(model, dict.fromkeys(names, ""))
         open_still = [n for n in refuted if not elsewhere[n]] if path is None else [path]
         refuted = [name for name in refuted if name not in open_still]
         for name in open_still:
             listed[name] += "; but the model returns probabilities, so no example can prove it"
     raise _not_found(model, listed, refuted)
+
+
+def _of_several(
+    model: nn.Module, outputs: dict[nn.Module, list[Tensor]], parts: list[Tensor], by_name: bool
+) -> str | None:
+    """Return the classifier where layers of one model give several maps; None if the first counts.
+
+    Raises:
+        ClassifierNotFoundError: if more than one of these layers is read by nothing else.
+    """
+    given: dict[str, Tensor] = {}
+    for name, layer in _linear_layers(model):
+        answers = outputs.get(layer, [])
+        for part in parts:
+            if name not in given and _fits(layer, part) and not difference(answers, part):
+                given[name] = part
+    first = parts[0]
+    others = [
+        name
+        for name, part in given.items()
+        if part is not first
+        and not speaks_against(name)
+        and (by_name or part.shape[1] != first.shape[1])
+    ]
+    if not others or not any(part is first for part in given.values()):
+        return None
+    candidates = _candidates(model)
+    sole = [name for name in given if candidates.get(name) in ("", _SINGLE)]
+    if len(sole) == 1:
+        return sole[0]
+    why = f"its output is one of {len(given)} maps that the model returns"
+    raise _not_found(model, dict.fromkeys(given, why), [])
+
+
+def _fits(layer: nn.Module, logits: Tensor) -> bool:
+    """Return whether a layer gives as many classes as some axis of logits may be."""
+    axes = {1, -1, *((2,) if logits.ndim == 5 else ())}  # five: also of frames
+    width = _width_given(layer)
+    return width in {logits.shape[axis] for axis in axes} or (width == 1 and logits.ndim == 3)
+
+
+def _are_probabilities(logits: Tensor) -> bool:
+    """Return whether nothing but a softmax, its logarithm or a sigmoid gives such values."""
+    if bool(((logits >= 0) & (logits <= 1)).all()):
+        return True
+    sums = (logits.exp().sum(axis) for axis in (1, -1))
+    return bool((logits <= 0).all()) and any(bool(((s - 1).abs() < 1e-2).all()) for s in sums)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -325,11 +377,12 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _run(
     model: nn.Module, example: Any
-) -> tuple[dict[nn.Module, list[Tensor]], list[Tensor], bool]:
+) -> tuple[dict[nn.Module, list[Tensor]], list[Tensor], bool, bool]:
     """Run one forward that leaves no trace.
 
     Returns:
-        Each linear layer's answers, what may be logits, and whether these are parts of a list.
+        Each linear layer's answers, what may be logits, whether these are parts of a list, and
+        whether they have names, none of which is known.
     """
     outputs: dict[nn.Module, list[Tensor]] = {}
 
@@ -349,7 +402,7 @@ def _run(
             handle.remove()
     named = getattr(output, "logits", None)
     if isinstance(output, Mapping):
-        named = output.get("out", output.get("logits"))
+        named = next((output[name] for name in _LOGITS if name in output), None)
     parts = list(tensors_in(output if named is None else named))
     parts = [part for part in parts if 3 <= part.ndim <= 5]
     if not parts:
@@ -360,7 +413,7 @@ def _run(
             f"model's output or a part of it, got {came}. Name the classifier and leave example "
             "out."
         )
-    return outputs, parts, isinstance(output, list)
+    return outputs, parts, isinstance(output, list), isinstance(output, Mapping) and named is None
 
 
 @contextmanager
@@ -416,7 +469,8 @@ def _not_found(
             reason = "classifies queries, not pixels"
         lines.append(f"  {path}: {kind}, {_width_read(layer)} -> {_width_given(layer)}: {reason}")
     if not candidates:
-        lines.append("  none: no linear layer whose output nothing else in the model reads")
+        why = "whose output nothing else in the model reads"
+        lines.append(f"  none: no linear layer {why if refuted is None else 'gives such logits'}")
     if refused is not None:
         return ClassifierNotFoundError("\n".join([*lines, refused.recipe]))
     aside = (*ASIDE.values(), "a Linear", "a part of")
@@ -426,7 +480,7 @@ def _not_found(
         if path not in (refuted or ()) and not reason.startswith(aside)
     ]
     path = sensible[0] if len(sensible) == 1 else "path.of.the.layer"
-    if sensible or refuted is None:
+    if sensible or not candidates or refuted is None:
         lines.append(
             "If one layer turns the features of each pixel into its logits, name it: "
             f'mvsc.attach(model, classifier="{path}").'

@@ -4,10 +4,19 @@ Followed literally, each remedy ends in right labels; where the values do not te
 it says so. Values are read on the way to an error, or where the device need not be waited for.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from mvsc.checks import axis_names, describe, describe_sizes, grid_of_ratio, is_integer
+from mvsc.checks import (
+    axis_names,
+    check_dense,
+    describe,
+    describe_sizes,
+    grid_of_ratio,
+    is_integer,
+)
 
 
 def default_ignore_index(num_classes: int) -> int:
@@ -42,6 +51,7 @@ def check_labels(
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {describe(labels)}. {remedy}"
         )
+    check_dense("labels", labels)
     if features is None:
         if not 2 <= labels.ndim <= 4:
             raise ValueError(
@@ -69,7 +79,7 @@ def check_labels(
             remedy += (
                 f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they "
                 f"come one after the other, torch.cat([labels] * {times}) if the whole batch comes "
-                "again"
+                "again; of tiles the labels, cut as the images are"
             )
         if times:
             remedy += "; of images without labels append maps of ignore_index"
@@ -151,7 +161,11 @@ def _of_shape(
         if grid or shape[0] > 1 or labels.ndim != axes:
             sizes = grid or f"({axis_names(axes)})"
             return _of_values(labels, f"labels.unflatten(1, {sizes})")
-    if labels.ndim == axes and features.shape[0] == 1:
+    places = (features.shape[0], *features.shape[2:])
+    if labels.ndim == 1 and labels.numel() == math.prod(places):
+        return _of_values(labels, f"labels.view{places}")
+    # A map of a volume is its labels, or those of one of its slices.
+    if labels.ndim == axes and features.shape[0] == 1 and not (axes == 3 and shape[0] == 1):
         return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
     if labels.ndim == axes and shape[0] == features.shape[0]:
         return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."

@@ -163,7 +163,11 @@ def test_labels_are_widened_before_they_are_compared(dtype):
         (nn.Sequential(nn.Conv2d(6, 7, 1)), ValueError, r"return num_classes=5 logits, got 7"),
         (lambda v: v, ValueError, r"return num_classes=5 logits, got 6"),
         (lambda v: v[:, :5].sum(0), ValueError, r"to \(20, 5, 1, 1\), got \(5, 1, 1\)"),
-        (lambda v: v[:, :5].repeat(1, 1, 4, 4), ValueError, r"without upsampling"),
+        (
+            lambda v: v[:, :5].repeat(1, 1, 4, 4),
+            ValueError,
+            r"without upsampling; where a PixelSh.*auxiliary 1x1",
+        ),
         (lambda v: (v,), TypeError, r"classifier must return a tensor of logits, got tuple"),
     ],
 )

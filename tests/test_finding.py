@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,86 @@ def test_an_example_refutes_a_wrong_name(images):
         attach(TwoHeads(), classifier="boundary", example=images)
     assert "boundary: Conv2d 1x1, 8 -> 5: its output is not the logits" in str(error.value)
     assert "classifier: Conv2d 1x1, 8 -> 5: its output is the logits" in str(error.value)
+
+
+class Several(Net):
+    """Returns maps of several layers; ``put`` says which, in which order, under which names."""
+
+    def __init__(self, put, classes: int = CLASSES) -> None:
+        super().__init__(classes=classes)
+        self.put = put
+        self.extra = nn.Sequential(nn.Conv2d(DIM, 16, 1), nn.ReLU(), nn.Conv2d(16, 12, 1))
+        self.depth, self.deeper = nn.Conv2d(DIM, 1, 1), nn.Conv2d(DIM, classes, 1)
+
+    def forward(self, images: Tensor):
+        stem = self.encoder[0](images)
+        features = self.encoder[1:](stem)
+        maps = {name: getattr(self, name)(features) for name in ("extra", "depth", "deeper")}
+        logits = F.interpolate(self.classifier(features), images.shape[2:])
+        return self.put(SimpleNamespace(**maps, stem=stem, logits=logits))
+
+
+@pytest.mark.parametrize(
+    ("put", "classes"),
+    [
+        (lambda m: {"extra": m.extra, "seg": m.logits}, CLASSES),
+        (lambda m: {"depth": m.depth, "seg": m.logits}, 1),
+        (lambda m: {"depth": m.depth, "pixels": m.logits}, CLASSES),
+        (lambda m: (m.depth, m.logits), CLASSES),
+        (lambda m: (m.stem, m.logits), CLASSES),
+        (lambda m: (m.logits, m.deeper), CLASSES),
+    ],
+    ids=["embedding", "named", "one logit", "depth", "features", "deep supervision"],
+)
+def test_an_example_does_not_take_what_a_model_returns_before_its_logits(images, put, classes):
+    assert attach(Several(put, classes), example=images).classifier_path == "classifier"
+
+
+@pytest.mark.parametrize(
+    ("put", "other", "classes"),
+    [
+        (lambda m: (m.extra, m.logits), "extra.2", CLASSES),
+        (lambda m: (m.logits, m.extra), "extra.2", CLASSES),
+        (lambda m: {"depth": m.depth, "pixels": m.logits}, "depth", 1),
+    ],
+    ids=["embedding", "embedding last", "depth"],
+)
+def test_an_example_takes_none_of_two_layers_whose_maps_are_returned(images, put, other, classes):
+    model = Several(put, classes)
+    with pytest.raises(ClassifierNotFoundError, match="one of 2 maps that the model ret") as error:
+        attach(model, example=images)
+    assert f"  {other}: Conv2d" in str(error.value)
+    assert 'name it: mvsc.attach(model, classifier="' in str(error.value)
+    assert attach(model, classifier="classifier").classifier_path == "classifier"
+
+
+@pytest.mark.parametrize(
+    ("after", "classes"),
+    [
+        (lambda z: z.squeeze(1), 1),
+        (lambda z: z.flatten(2).movedim(1, -1), CLASSES),
+        (lambda z: z.flatten(2), CLASSES),
+        (lambda z: z.unflatten(0, (1, 2)), CLASSES),
+    ],
+    ids=["squeezed", "rows", "folded", "video"],
+)
+def test_an_example_looks_through_axes_that_come_or_go(images, after, classes):
+    class Folding(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return after(super().forward(images))
+
+    assert attach(Folding(classes=classes), example=images).classifier_path == "classifier"
+
+
+@pytest.mark.parametrize(
+    "last", [nn.LogSoftmax(1), nn.PixelShuffle(2)], ids=["logarithms", "shuffle"]
+)
+def test_an_example_that_can_prove_nothing_says_to_name_the_layer(images, last):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 1), last)
+    with pytest.raises(ClassifierNotFoundError, match="name it: mvsc.attach") as error:
+        attach(model, example=images)
+    assert "whose output nothing else" not in str(error.value)
+    assert attach(model, classifier="2").classifier_path == "2"
 
 
 @pytest.mark.parametrize("corners", [False, True])

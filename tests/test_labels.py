@@ -287,6 +287,43 @@ def test_labels_of_views_are_repeated_as_the_views_are(made):
     assert "repeat_interleave(2, 0) if they come one after the other, torch.cat" in message
 
 
+def test_labels_of_all_points_in_one_row_get_their_batch():
+    y = right(size=(10,))
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    batch, classifier = torch.randn(2, DIM, 10), nn.Conv1d(DIM, CLASSES, 1)
+    with pytest.raises(ValueError, match=r"Use labels\.view\(2, 10\)\."):
+        reg(batch, y.flatten(), classifier)
+    assert_close(reg(batch, y.flatten().view(2, 10), classifier).isfinite(), torch.tensor(True))
+
+
+def test_labels_of_one_slice_are_not_silently_those_of_all():
+    reg, layer = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv3d(DIM, CLASSES, 1)
+    with pytest.raises(ValueError, match=r"labels\.unsqueeze\(1\) if all slices have these lab"):
+        reg(torch.randn(1, DIM, 4, 8, 8), right(1), layer)
+
+
+def test_tiles_of_an_image_are_not_views_of_it():
+    assert "of tiles the labels, cut as the images are" in ask(right(), batch=4)
+
+
+def test_nested_and_sparse_tensors_say_how_they_become_dense():
+    y, classifier = right(size=(6,)), nn.Conv1d(DIM, CLASSES, 1)
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    points, rows = torch.randn(2, DIM, 6), [y[0], y[1, :4]]
+    ragged = torch.nested.nested_tensor([points[0].T, points[1, :, :4].T], layout=torch.jagged)
+    labels = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"features.*got a nested.*to_padded_tensor\(features, 0"):
+        reg(ragged, y, nn.Linear(DIM, CLASSES))
+    with pytest.raises(TypeError, match=r"labels.*got a nested.*to_padded_tensor\(labels, ignore"):
+        reg(points, labels, classifier)
+    with pytest.raises(TypeError, match=r"torch.sparse_coo one\. Use features\.to_dense\(\)\."):
+        reg(points.to_sparse(), y, classifier)
+    padded = torch.nested.to_padded_tensor(labels, 255)
+    dense = torch.nested.to_padded_tensor(ragged, 0.0)
+    assert torch.equal(padded[1, 4:], torch.full((2,), 255))
+    assert reg(dense, padded, nn.Linear(DIM, CLASSES)).isfinite()
+
+
 @pytest.mark.parametrize("batch", [4, 5])
 def test_images_without_labels_get_maps_of_the_ignored_kind(batch):
     assert "of images without labels append maps of ignore_index." in ask(right(), batch=batch)
