@@ -256,12 +256,30 @@ def test_a_number_may_be_part_of_a_name(folder):
         ("\n".join(f"class {n}" for n in range(300)), "300 names.* no more than 255"),
         ("sky\nroad\nsky", "3 lines with 2 names. Name every class once"),
         ("name\nsky\nroad", "got the line 'name' first, which looks like a header"),
+        ("name,r,g,b\nsky,0,0,0\nroad,1,1,1", "got the line 'name,r,g,b' first, which looks like"),
+        ("# classes\nsky\nroad", "got the line '# classes' first"),
+        ('["sky", "road"]\n', "first, which looks like a header, a comment or JSON"),
+        ("crack\n", "at least two class names, got 'crack' alone. Write the background first"),
     ],
 )
 def test_names_whose_order_is_another_are_refused(folder, text, expected):
     path = folder / "classes.txt"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{path} must .*{expected}"):
+        data.open_split("folder", folder, "train")
+
+
+def test_what_a_folder_of_images_holds_beside_images_is_said(folder):
+    images = folder / "images" / "train"
+    assert data.left_out(images) == ""
+    (images / "city").mkdir()
+    (images / "a.jfif").touch()
+    noted = data.check(data.open_split("folder", folder, "train")).notes
+    assert any("holds what is left out: a.jfif, city. Images lie in the folder" in n for n in noted)
+    for path in [*images.iterdir()]:
+        if path.suffix != ".jfif" and path.is_file():
+            path.rename(images / "city" / path.name)
+    with pytest.raises(ValueError, match=r"found none\. .* left out: a\.jfif, city\. Images lie"):
         data.open_split("folder", folder, "train")
 
 

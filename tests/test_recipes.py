@@ -513,6 +513,24 @@ def test_files_that_are_no_weights_are_named(tmp_path):
         weights.load_weights(tmp_path / "bad.safetensors")
 
 
+@pytest.mark.parametrize("model", ["smp/FPN/tu-nope", "smp/Nope/tu-test_resnet"])
+def test_a_model_that_the_library_does_not_know_is_named(folder, tmp_path, model):
+    with pytest.raises(ValueError, match=rf"model must name.*decoder_dim=32, got '{model}'"):
+        models.build(tiny(folder, tmp_path, model=model, decoder_dim=32), 3)
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_a_model_that_normalises_pooled_images_needs_two_at_a_time(folder, tmp_path, pools):
+    model = f"smp/{'DeepLabV3Plus' if pools else 'FPN'}/tu-test_resnet"
+    sizes = {"scale": (96, 72), "crop": (64, 64), "batch_size": 2, "accumulate": 2}
+    recipe = tiny(folder, tmp_path, model=model, decoder_dim=32, steps=1, **sizes)
+    if not pools:
+        train(recipe)
+        return
+    with pytest.raises(ValueError, match=r"at least 2 x processes x accum.*got 1 image at a time"):
+        train(recipe)
+
+
 def test_a_device_that_is_not_there_is_named():
     assert evaluate.pick_device("cpu") == torch.device("cpu")
     missing = ["foo", *([] if torch.cuda.is_available() else ["cuda"])]
@@ -527,11 +545,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
     def write(partial):
         partial.write_text("ne")
-        raise RuntimeError
+        raise RuntimeError("unexpected pos 64 vs 0")  # as torch.save says it
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OSError, match=rf"{path} cannot be written: unexpected pos.*disk full"):
         weights.write_whole(path, write)
     assert path.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_crops_hold_what_the_label_says(folder, tmp_path):
@@ -961,7 +980,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(monkeypatch, tmp_path, caps
             lambda: weights.write_whole(tmp_path / "file", lambda path: path.write_text("a"))
         )
     assert done.value.code == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} cannot be written: No space left on dev" in capsys.readouterr().err
     assert not (tmp_path / "file").exists()
 
 

@@ -274,7 +274,10 @@ def list_split(layout: str, root: Path, split: str) -> SegmentationData:
         labels = labels / part
         names = [n for n in names_in(images) if n.lower().endswith(SUFFIXES)]
     if not names:
-        raise ValueError(f"{source} must list or hold images, found none. {remedy(layout, root)}")
+        aside = f" {left_out(images)}." if left_out(images) else ""
+        raise ValueError(
+            f"{source} must list or hold images, found none.{aside} {remedy(layout, root)}"
+        )
     pairs = [(images / name, labels / f"{Path(name).stem}{stored.suffix}") for name in names]
     stems = [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
@@ -414,7 +417,7 @@ def check(data: SegmentationData) -> Report:
                 problems.append(f"{label_path} has no labelled pixel. Label it or remove the pair.")
     if not unread:
         problems += missing_classes(data, pixels)
-    return Report(problems, pixels, images, notes_on(turned))
+    return Report(problems, pixels, images, notes_on(turned, left_out(data.pairs[0][0].parent)))
 
 
 def missing_classes(data: SegmentationData, pixels: np.ndarray) -> list[str]:
@@ -440,11 +443,24 @@ def missing_classes(data: SegmentationData, pixels: np.ndarray) -> list[str]:
     ]
 
 
-def notes_on(turned: list[str]) -> tuple[str, ...]:
-    """Say which images are not read as they are stored."""
-    if not turned:
-        return ()
+def left_out(folder: Path) -> str:
+    """Say what a folder of images holds that is read as no image; '' if nothing."""
+    names = [name for name in names_in(folder) if not name.lower().endswith(SUFFIXES)]
+    if not names:
+        return ""
     return (
+        f"{folder} holds what is left out: {', '.join(names[:5])}{', ...' * (len(names) > 5)}. "
+        f"Images lie in the folder itself, and end in {', '.join(SUFFIXES)}"
+    )
+
+
+def notes_on(turned: list[str], aside: str) -> tuple[str, ...]:
+    """Say which images are not read as they are stored, or not at all."""
+    notes = (aside,) if aside else ()
+    if not turned:
+        return notes
+    return (
+        *notes,
         f"{len(turned)} images have an EXIF orientation and are read as viewers show them, turned; "
         "their labels must be drawn on that. If they were drawn on the pixels as stored, save the "
         f"images without an orientation: {', '.join(turned[:5])}{', ...' * (len(turned) > 5)}",

@@ -17,6 +17,7 @@ from scipy.io import loadmat
 IGNORE = 255
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Of images."""
+_HEADERS = {"name", "names", "class", "classes", "class_name", "label", "labels"}
 LOSSLESS = {"BMP", "GIF", "PNG", "PPM", "TIFF"}
 """Formats, as Pillow calls them, in which a label is what was saved."""
 
@@ -126,9 +127,14 @@ def read_classes(path: Path) -> list[str]:
         raise ValueError(f"{path} is missing. Write one class name a line, class 0 first.")
     lines = [line.strip() for line in text_of(path).splitlines() if line.strip()]
     classes = without_numbers(lines, path)
-    if not 1 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
+    if len(classes) == 1:
         raise ValueError(
-            f"{path} must hold 1 to {IGNORE} different class names, one a line, got "
+            f"{path} must hold at least two class names, got {classes[0]!r} alone. Write the "
+            "background first: it is class 0, with the label 0."
+        )
+    if not 2 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"{path} must hold 2 to {IGNORE} different class names, one a line, got "
             f"{len(classes)} lines with {len(set(classes))} names. Name every class once, and no "
             f"more than {IGNORE}: that number marks unlabelled pixels in labels of 8 bits."
         )
@@ -157,10 +163,11 @@ def without_numbers(lines: list[str], path: Path) -> list[str]:
     header = len(lines) > 1 and numbered[0] is None
     rows = [row for row in numbered[header:] if row]
     if not rows or len(rows) < len(lines) - header:
-        if lines and lines[0].lower() in {"name", "names", "class", "classes", "label", "labels"}:
+        first = re.split("[,;\t]", lines[0])[0].strip(' "').lower() if lines else ""
+        if first in _HEADERS or first.startswith(("#", "[", "{")):
             raise ValueError(
                 f"{path} must hold class names only, got the line {lines[0]!r} first, which looks "
-                "like a header. Remove it."
+                "like a header, a comment or JSON. Remove it; write one name a line, and no more."
             )
         return lines
     numbers = [int(row[1]) for row in rows]

@@ -9,6 +9,7 @@ they are judged. There is no test-time augmentation. ``--window`` slides over th
 ``--tau`` shifts the prior; operating_point.py chooses it.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -267,6 +268,8 @@ def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     check_window(settings.window, settings.stride)
+    if not math.isfinite(settings.tau):
+        raise ValueError(f"tau must be a finite number, got {settings.tau}.")
     segmenter, recipe, classes = load_segmenter(settings.weights, device)
     recipe = replace(recipe, workers=settings.workers)
     root = settings.data_root or recipe.data_root

@@ -76,6 +76,25 @@ def logits_of(output: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor | None
     return logits, aux
 
 
+def check_part(model: nn.Module, images: int) -> None:
+    """Raise if a batch norm would be given one pooled image at a time, which has no variance.
+
+    Raises:
+        ValueError: if so.
+    """
+    for name, module in model.named_modules():
+        inside = [*module.children()]
+        pools = any(
+            isinstance(m, nn.AdaptiveAvgPool2d) and m.output_size in (1, (1, 1)) for m in inside
+        )
+        if images == 1 and pools and any(isinstance(m, nn.BatchNorm2d) for m in inside):
+            raise ValueError(
+                "batch_size must be at least 2 x processes x accumulate for this model, whose "
+                f"{name!r} normalises pooled images, got 1 image at a time. Take a larger "
+                "batch_size, a smaller accumulate, or between processes --sync-bn."
+            )
+
+
 def features_of(segmenter: Segmenter, images: Tensor) -> Tensor:
     """Run the model, and return the features that enter its classifier: ``(batch, dim, h, w)``."""
     with mvsc.attach(segmenter.model) as reg:
@@ -161,13 +180,14 @@ def _smp(recipe: Recipe, architecture: str, encoder: str, num_classes: int) -> S
             classes=num_classes,
             **width,
         )
-    except (AttributeError, KeyError) as error:
-        raise ValueError(
-            f"model must name an architecture and an encoder that segmentation_models_pytorch "
-            f"knows, got {recipe.model!r}: {error}."
-        ) from error
     except OSError as error:
         raise ValueError(_no_weights(encoder, error)) from error
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            "model must name an architecture and an encoder that segmentation_models_pytorch "
+            f"knows, and that go with decoder_dim={recipe.decoder_dim}, got {recipe.model!r}: "
+            f"{error}."
+        ) from error
     if lite0 and recipe.pretrained:
         _load_lite0_weights(model.encoder)
     return Segmenter(model, model.encoder, *(HALF if lite0 else IMAGENET))

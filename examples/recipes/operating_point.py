@@ -10,6 +10,7 @@ and cost nothing at inference. What is gained is also told for images that had n
 choice: tau is chosen on one half of the images and judged on the other.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -58,7 +59,9 @@ def main(settings: Settings) -> None:
     Raises:
         ValueError: if weights, data or settings do not fit, or the prior cannot be shifted.
     """
-    if settings.max_loss is not None and settings.max_loss < 0:
+    if not all(map(math.isfinite, settings.taus)):
+        raise ValueError(f"taus must be finite numbers, got {settings.taus}.")
+    if settings.max_loss is not None and not settings.max_loss >= 0:
         raise ValueError(
             f"max_loss must be at least 0 points of pixel accuracy, got {settings.max_loss}."
         )

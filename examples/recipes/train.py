@@ -18,6 +18,7 @@ Under DeepSpeed the engine's own state lies beside ``last.pt``, a part for each 
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,11 +37,11 @@ from tqdm import tqdm
 
 import mvsc
 from commands import run
-from data import IGNORE, open_split
+from data import IGNORE, left_out, open_split
 from evaluate import evaluate, print_scores
 from loading import key, reading, training_batches
 from metrics import read_metrics
-from models import AUXILIARY_WEIGHT, build, logits_of, parameter_groups
+from models import AUXILIARY_WEIGHT, build, check_part, logits_of, parameter_groups
 from mvsc import diagnostics
 from parallel import (
     Engine,
@@ -111,6 +112,10 @@ def train(
     rank, processes = accelerator.process_index, accelerator.num_processes
     data, val = (open_split(recipe.layout, recipe.data_root, split) for split in ("train", "val"))
 
+    for folder in {each.pairs[0][0].parent: None for each in (data, val)}:
+        if rank == 0 and (aside := left_out(folder)):
+            print(f"{aside}.", file=sys.stderr)
+
     # The same initial weights with MVSC and without: its own come from a private stream.
     torch.manual_seed(recipe.seed)
     resumed = recipe.resume and (recipe.folder / STATE).exists()
@@ -119,6 +124,7 @@ def train(
     )
     if recipe.sync_bn and processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
+    check_part(segmenter.model, recipe.batch_size // (processes * recipe.accumulate))
     # These take the optimizer apart and know the model's parameters only. What the centroids' own
     # optimizer follows is its last group, the head's: the same learning rate.
     own = takes_optimizer_apart(accelerator)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,23 @@ from torch import Tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make the file under another name, and move it when it is complete."""
+    """Let ``write`` make the file under another name, and move it when it is complete.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; nothing is left of it.
+    """
     partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())  # the content must be on disk before the name is
-    partial.replace(path)
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # the content must be on disk before the name is
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save's is a RuntimeError
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        said = (str(error).splitlines() or [""])[0]
+        reason = getattr(error, "strerror", None) or f"{said} (is the disk full?)"
+        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
