@@ -241,7 +241,7 @@ BUGS = [
     ("regularizer", "if learns and torch", "if torch", "weights of 0 are taken for an idle optimizer"),
     ("tap", "            elif not isinstance(getattr(hook, \"__self__\", None), nullcontext):", "            else:", "a copy keeps its idle hooks"),
     ("add_to_loss", "self.tap.classifier is not None and is_replaying():", "False:", "a checkpoint of the whole model loses the loss"),
-    ("comparing", "for made, text in ((_is_cut, _CUT), (", "for made, text in ((", "a class that is cut off behind a resize goes unnoticed"),
+    ("comparing", "in ((_is_cut, _CUT), (_is_rearranged, _REARRANGED)):", "in ((_is_rearranged, _REARRANGED),):", "a class that is cut off behind a resize goes unnoticed"),
     ("finding", "if path is None and refused is None and (sole", "if False and (sole", "example takes what is returned before the logits"),
     ("finding", "and (by_name or part.shape[1] != first.shape[1])", "and part.shape[1] != first.shape[1]", "of two maps with names the first is taken for the logits"),
     ("labels", "and not (axes == 3 and shape[0] == 1)", "", "one slice of a volume is taken for all"),
