@@ -116,11 +116,11 @@ class AddToLoss:
         if labels is None and self.position is not None and len(args) > self.position:
             labels = args[self.position]
         if not listens:
-            if labels is not None and self.tap.classifier is not None and is_replaying():
-                raise RuntimeError(_CHECKPOINTED)
-            evaluates = self.tap.classifier is not None and not self.tap.classifier.training
-            if evaluates and labels is not None and torch.is_grad_enabled():
-                self._notice_nothing_added(self.tap.missing)
+            if labels is not None and self.tap.classifier is not None:
+                if is_replaying():
+                    raise RuntimeError(_CHECKPOINTED)
+                if not self.tap.classifier.training and torch.is_grad_enabled():
+                    self._notice_nothing_added(self.tap.missing)
             return output
         if output is None or labels is None:  # None: the forward has failed.
             self.tap.clear(_UNLABELLED)

@@ -53,8 +53,8 @@ def check_dense(name: str, value: object) -> None:
                 f"Use torch.nested.to_padded_tensor({name}, {padding}); what is padded has to have "
                 "labels of ignore_index."
             )
-        kind = "nested" if value.is_nested else str(value.layout)
-        raise TypeError(f"{name} must be a dense tensor, got a {kind} one. {remedy}")
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got a {layout} one. {remedy}")
 
 
 def check_feature_map(features: object, channels_last: bool = False) -> Tensor:

@@ -33,6 +33,9 @@ _CONVOLVES = (
     nn.Conv3d._conv_forward,
 )
 
+AUXILIARY = "an auxiliary 1x1 classifier that has a cross-entropy of its own"
+"""What helps where a head gives a place of the features several answers."""
+
 TRANSPOSED = (
     "A transposed convolution gives the places of a pixel different logits, so no answer for a "
     "pixel alone exists. Give the features that enter it an auxiliary 1x1 classifier with a "
@@ -379,8 +382,7 @@ def _centre(logits: object, count: int, num_classes: int, regions: list[_Region]
         raise ValueError(
             f"classifier must map ({count}, dim{asked}) to ({count}, {num_classes}{spans}), got "
             f"{shape}. Pass the model's last linear layer alone, without upsampling; where a "
-            "PixelShuffle or the like makes several places of one, an auxiliary 1x1 classifier "
-            "that has a cross-entropy of its own."
+            f"PixelShuffle or the like makes several places of one, {AUXILIARY}."
         )
     for axis, region in enumerate(regions, start=2):
         if region.size > 1:
@@ -403,12 +405,6 @@ def _ends_in(name: str) -> str:
     )
 
 
-_SEVERAL_PLACES = (
-    "; where a PixelShuffle makes several places of one, pass an auxiliary 1x1 classifier that has "
-    "a cross-entropy of its own"
-)
-
-
 def _is_one_logit(classes: int, num_classes: int) -> bool:
     return classes == 1 and num_classes == 2
 
@@ -419,8 +415,9 @@ def _wrong_classes(num_classes: int, got: int) -> str:
             f"classifier must return num_classes={num_classes} logits, got one, which stands for "
             "two classes. Build MVSCRegularizer with num_classes=2."
         )
+    several = f"; where a PixelShuffle makes several places of one, pass {AUXILIARY}"
     return (
         f"classifier must return num_classes={num_classes} logits, got {got}. "
         f"Build MVSCRegularizer with num_classes={got} or pass the classifier of these classes"
-        f"{_SEVERAL_PLACES if got % num_classes == 0 else ''}."
+        f"{several if got % num_classes == 0 else ''}."
     )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvsc.checks import on_grid
-from mvsc.classifier import reads_rows
+from mvsc.classifier import AUXILIARY, reads_rows
 
 _SAME = 1e-3
 """Relative distance up to which a layer's resized output is taken for the logits."""
@@ -32,7 +32,7 @@ _CUT = (
 _REARRANGED = (
     "it gives {} classes, and the model returns its values as maps of {}: a PixelShuffle or a "
     "reshape follows, so that a place of the features has several answers. Pass the features to "
-    "MVSCRegularizer, with an auxiliary 1x1 classifier that has a cross-entropy of its own."
+    f"MVSCRegularizer, with {AUXILIARY}."
 )
 _SCALED = (
     "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
@@ -166,13 +166,18 @@ def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+def sums_to_one(chances: Tensor, axis: int) -> bool:
+    """Return whether an axis holds the probabilities of classes, as a softmax gives them."""
+    return bool(((chances.sum(axis) - 1).abs() < 1e-2).all())
+
+
 def _without_softmax(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Make logits of probabilities, or of their logarithms, and an answer to compare with these.
 
     A softmax forgets the mean over the classes; a linear resize keeps it apart.
     """
     for logs in (logits.clamp_min(1e-30).log(), logits):
-        if answer.shape[1] > 1 and bool(((logs.exp().sum(1) - 1).abs() < 1e-2).all()):
+        if answer.shape[1] > 1 and sums_to_one(logs.exp(), 1):
             return answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True)
     return answer, logits
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mvsc.classifier import TRANSPOSED, base_of, is_pixel_linear, widths
-from mvsc.comparing import classes_second, difference, tensors_in
+from mvsc.comparing import classes_second, difference, sums_to_one, tensors_in
 from mvsc.hosts import (
     ASIDE,
     Host,
@@ -330,6 +330,8 @@ def _of_several(
     Raises:
         ClassifierNotFoundError: if more than one of these layers is read by nothing else.
     """
+    if len(parts) == 1:
+        return None
     given: dict[str, Tensor] = {}
     for name, layer in _linear_layers(model):
         answers = outputs.get(layer, [])
@@ -365,8 +367,8 @@ def _are_probabilities(logits: Tensor) -> bool:
     """Return whether nothing but a softmax, its logarithm or a sigmoid gives such values."""
     if bool(((logits >= 0) & (logits <= 1)).all()):
         return True
-    sums = (logits.exp().sum(axis) for axis in (1, -1))
-    return bool((logits <= 0).all()) and any(bool(((s - 1).abs() < 1e-2).all()) for s in sums)
+    negative = bool((logits <= 0).all())
+    return negative and any(sums_to_one(logits.exp(), axis) for axis in (1, -1))
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

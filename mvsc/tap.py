@@ -92,6 +92,7 @@ _HOOKS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+"""Where a module keeps what it calls around its forward, each by the number of a hook."""
 
 
 class Hook:

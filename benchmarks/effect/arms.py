@@ -48,18 +48,12 @@ def balanced(strength: float, data: SegmentationData) -> Criterion:
     weight = (pixels / pixels.sum()).clamp_min(1e-6) ** -strength
     # The mean weight of a pixel is 1, as without weights.
     weight = weight * pixels.sum() / (weight * pixels).sum()
-    return lambda logits, labels: averaged(logits, labels, weight=weight.to(logits.device))
+    return lambda logits, labels: cross_entropy(logits, labels, weight=weight.to(logits.device))
 
 
 def smoothed(strength: float, data: SegmentationData) -> Criterion:
     """Take a share of each label for the other classes: what one would try with wrong labels."""
-    return lambda logits, labels: averaged(logits, labels, label_smoothing=strength)
-
-
-def averaged(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Return cross-entropy with an option of torch's, over the number of labelled pixels."""
-    each = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum", **options)
-    return each / (labels != IGNORE).sum().clamp_min(1)
+    return lambda logits, labels: cross_entropy(logits, labels, label_smoothing=strength)
 
 
 def with_smp(loss: nn.Module) -> Callable[[float, SegmentationData], Criterion]:

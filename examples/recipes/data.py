@@ -274,9 +274,10 @@ def list_split(layout: str, root: Path, split: str) -> SegmentationData:
         labels = labels / part
         names = [n for n in names_in(images) if n.lower().endswith(SUFFIXES)]
     if not names:
-        aside = f" {left_out(images)}." if left_out(images) else ""
+        aside = left_out(images)
         raise ValueError(
-            f"{source} must list or hold images, found none.{aside} {remedy(layout, root)}"
+            f"{source} must list or hold images, found none. {aside and f'{aside}. '}"
+            f"{remedy(layout, root)}"
         )
     pairs = [(images / name, labels / f"{Path(name).stem}{stored.suffix}") for name in names]
     stems = [Path(name).stem for name in names]

@@ -82,12 +82,14 @@ def check_part(model: nn.Module, images: int) -> None:
     Raises:
         ValueError: if so.
     """
+    if images > 1:
+        return
     for name, module in model.named_modules():
         inside = [*module.children()]
         pools = any(
             isinstance(m, nn.AdaptiveAvgPool2d) and m.output_size in (1, (1, 1)) for m in inside
         )
-        if images == 1 and pools and any(isinstance(m, nn.BatchNorm2d) for m in inside):
+        if pools and any(isinstance(m, nn.BatchNorm2d) for m in inside):
             raise ValueError(
                 "batch_size must be at least 2 x processes x accumulate for this model, whose "
                 f"{name!r} normalises pooled images, got 1 image at a time. Take a larger "

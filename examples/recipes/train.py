@@ -73,9 +73,12 @@ class StoppedAndSaved(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, once everything is saved."""
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Average over the labelled pixels; 0, where the mean is NaN, if there are none."""
-    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Average over the labelled pixels; 0, where the mean is NaN, if there are none.
+
+    Options are torch's, as ``weight`` and ``label_smoothing``.
+    """
+    total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum", **options)
     return total / (labels != IGNORE).sum().clamp_min(1)
 
 
@@ -112,7 +115,7 @@ def train(
     rank, processes = accelerator.process_index, accelerator.num_processes
     data, val = (open_split(recipe.layout, recipe.data_root, split) for split in ("train", "val"))
 
-    for folder in {each.pairs[0][0].parent: None for each in (data, val)}:
+    for folder in dict.fromkeys(each.pairs[0][0].parent for each in (data, val)):
         if rank == 0 and (aside := left_out(folder)):
             print(f"{aside}.", file=sys.stderr)
 
