@@ -91,10 +91,10 @@ class AddToLoss:
             self.position = [*found].index("labels")
         classifier = cast(nn.Module, self.tap.classifier)
         self.tap.handles += [
-            classifier.register_forward_pre_hook(Hook(self, self._before_classifier)),
-            model.register_forward_pre_hook(Hook(self, self._before)),
+            classifier.register_forward_pre_hook(Hook(self.tap, self._before_classifier)),
+            model.register_forward_pre_hook(Hook(self.tap, self._before)),
             model.register_forward_hook(
-                Hook(self, self._after), with_kwargs=True, always_call=True
+                Hook(self.tap, self._after), with_kwargs=True, always_call=True
             ),
         ]
 

@@ -230,8 +230,8 @@ class _FirstForward:
     def open(self, model: nn.Module) -> None:
         classifier = cast(nn.Module, self.tap.classifier)
         self.handles = [
-            classifier.register_forward_hook(Hook(self, self._after_classifier)),
-            model.register_forward_hook(Hook(self, self._after_model)),
+            classifier.register_forward_hook(Hook(self.tap, self._after_classifier)),
+            model.register_forward_hook(Hook(self.tap, self._after_model)),
         ]
         self.tap.handles += self.handles
 

@@ -408,7 +408,7 @@ def _run(
     parts = list(tensors_in(output if named is None else named))
     parts = [part for part in parts if 3 <= part.ndim <= 5]
     if not parts:
-        first = output[0] if isinstance(output, tuple | list) else output
+        first = output[0] if isinstance(output, tuple | list) and output else output
         came = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
         raise ValueError(
             "example must lead to logits of shape (batch, num_classes, *spatial), as the "

@@ -116,20 +116,34 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
         for value, count in zip(values[:5].tolist(), counts[:5].tolist(), strict=True)
     )
     more = f" and {len(values) - 5} more values" if len(values) > 5 else ""
-    remedy = ""
-    for mark in {-100, 255}.intersection(values.tolist()):
-        remedy = (
-            f" If {mark} marks unlabelled pixels, use attach(model, ignore_index={mark}) or "
-            f"MVSCRegularizer(..., ignore_index={mark})."
-        )
-        if mark == 255 and num_classes == 2:
-            remedy += " For a mask of 0 and 255 pass labels // 255."
     raise ValueError(
         f"labels must be in 0 .. {num_classes - 1} or ignore_index={ignore_index}, "
         f"got {found}{more}. The usual causes: class indices that start at 1 "
         "(reduce_zero_label), a wrong num_classes, or unlabelled pixels under another number "
-        f"(ignore_index).{remedy}"
+        f"(ignore_index).{_of_marks(labels.long(), values.tolist(), num_classes, ignore_index)}"
     )
+
+
+def _of_marks(labels: Tensor, bad: list[int], num_classes: int, ignore_index: int) -> str:
+    """Say what to do with values out of range that often mark unlabelled pixels."""
+    marks = [mark for mark in (-100, 255) if mark in bad]
+    if not marks:
+        return ""
+    ignored = bool((labels == ignore_index).any())
+    if ignored or len(marks) == 2:  # There is one ignore_index: the marks have to become one.
+        kept = ignore_index if ignored else marks.pop(0)
+        filled = "".join(f".masked_fill(labels == {mark}, {kept})" for mark in marks)
+        pair = " and ".join(map(str, [*marks, kept]))
+        remedy = f" If {pair} mark unlabelled pixels, pass labels{filled} with ignore_index={kept}."
+    else:
+        (mark,) = marks
+        remedy = (
+            f" If {mark} marks unlabelled pixels, use attach(model, ignore_index={mark}) or "
+            f"MVSCRegularizer(..., ignore_index={mark})."
+        )
+    if 255 in marks and num_classes == 2:
+        remedy += " For a mask of 0 and 255 pass labels // 255."
+    return remedy
 
 
 def _of_shape(

@@ -102,12 +102,12 @@ class Hook:
     does nothing, so it is attached to nothing and can be loaded where there is no mvsc.
 
     Args:
-        client: whose hook it is: a tap, or what has one.
+        tap: with which it is taken off.
         call: what is to be called.
     """
 
-    def __init__(self, client: Any, call: Callable[..., Any]) -> None:
-        self.client, self.call = client, call
+    def __init__(self, tap: "Tap", call: Callable[..., Any]) -> None:
+        self.tap, self.call = tap, call
 
     def __call__(self, *args: Any) -> Any:
         """Call it."""
@@ -122,8 +122,7 @@ def strip(model: nn.Module) -> None:
     for module in model.modules():
         for number, hook in [*module._forward_pre_hooks.items(), *module._forward_hooks.items()]:
             if isinstance(hook, Hook):
-                tap = hook.client if isinstance(hook.client, Tap) else hook.client.tap
-                tap.close()
+                hook.tap.close()
             elif not isinstance(getattr(hook, "__self__", None), nullcontext):
                 continue
             for name in _HOOKS:
@@ -161,9 +160,9 @@ class Tap:
         entrance = _entrance(model, path)
         module = model.get_submodule(entrance)
         for hook in list(module._forward_pre_hooks.values()):
-            other = getattr(hook, "client", None)
-            if not isinstance(other, Tap) or other.classifier is None:
+            if not isinstance(hook, Hook) or hook.tap.classifier is None:
                 continue
+            other = hook.tap
             if other.owner() is not None:
                 gc.collect()  # A Trainer that is gone, and holds it, is in cycles.
             if other.owner() is None:  # Nobody is left who could use or detach it.

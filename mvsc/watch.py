@@ -159,6 +159,7 @@ class Watch:
         """Warn if two classes seem to be a mask of 0 and 255, which is ignored."""
         if self.masks_left == 0 or num_classes != 2:
             return
+        labels = labels.long()  # Before any comparison: int8 == 255 is true for -1.
         if bool((labels == 1).any()):
             self.masks_left = 0
         elif bool((labels == 255).any() and (labels == 0).any()):

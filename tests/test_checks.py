@@ -1,5 +1,7 @@
 """Every error at the public door: what is named, what must hold, what came, and the remedy."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,12 @@ def test_a_number_that_often_means_unlabelled_is_named_with_the_line():
         line = rf"attach\(model, ignore_index={mark}\) or .*\(\.\.\., ignore_index={mark}\)\.$"
         with pytest.raises(ValueError, match=line):
             call(labels=torch.where(LABELS < 9, mark, LABELS), **options)
+    both = torch.tensor([[-100, 255], [0, 1]]).expand(2, 2, 2)
+    for ignored, other, kept in ((7, 255, -100), (255, -100, 255), (-100, 255, -100)):
+        line = f"labels.masked_fill(labels == {other}, {kept}) with ignore_index={kept}."
+        with pytest.raises(ValueError, match=rf"If .* mark .* pass {re.escape(line)}$"):
+            call(labels=both, ignore_index=ignored)
+        call(labels=both.masked_fill(both == other, kept), ignore_index=kept)
     two = MVSCRegularizer(2, 6, ignore_index=-100)
     with pytest.raises(ValueError, match=r"For a mask of 0 and 255 pass labels // 255\.$"):
         two(FEATURES, LABELS + 255, nn.Conv2d(6, 1, 1))

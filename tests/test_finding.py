@@ -273,8 +273,15 @@ def test_an_example_without_logits_raises(images):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images).mean((2, 3))
 
+    class Silent(Net):
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            super().forward(images)
+            return ()
+
     with pytest.raises(ValueError, match=r"example must lead to logits.*got \(2, 5\)"):
         attach(Pooled(), example=images)
+    with pytest.raises(ValueError, match=r"example must lead to logits.*got tuple\."):
+        attach(Silent(), example=images)
 
 
 def test_an_example_leaves_modes_statistics_and_hooks_as_they_were(images):

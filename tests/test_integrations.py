@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import engines
 import mvsc
 from mvsc.attach import ClassifierNotFoundError, attach
+from mvsc.tap import Hook
 
 ROOT = Path(__file__).parents[1]
 CLASSES = 13
@@ -353,6 +354,16 @@ def test_a_trainer_trains_the_centroids_without_weight_decay(make_trainer):
     )
     assert group["weight_decay"] == 0
     assert group["lr"] == trainer.optimizer.param_groups[0]["lr"]
+
+
+def test_detach_takes_everything_off_the_model_of_a_trainer(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    attach_to_trainer(trainer)
+    mvsc.detach(trainer.model)
+    modules = [*trainer.model.modules()]
+    hooks = [hook for m in modules for hook in (m._forward_pre_hooks | m._forward_hooks).values()]
+    assert not [hook for hook in hooks if isinstance(hook, Hook)]
+    mvsc.attach(trainer.model)
 
 
 def test_the_models_own_checkpoint_does_not_know_of_the_centroids(make_trainer, tmp_path):

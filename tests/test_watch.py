@@ -636,6 +636,10 @@ def test_a_mask_of_0_and_255_is_noticed_once_it_came_three_times():
     right(features, mask // 255, classifier)
     for _ in range(3):  # The second class was there: 255 means what it says.
         right(features, mask, classifier)
+    signed = torch.tensor([[[0, -1], [0, -1]]], dtype=torch.int8)  # in which 255 is -1
+    one = MVSCRegularizer(2, DIM, 1, ignore_index=-1)
+    for _ in range(3):
+        one(features, signed, classifier)
 
 
 # Labels, none of which reaches the grid.

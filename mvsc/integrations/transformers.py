@@ -141,7 +141,7 @@ class _Share:
         self.counted = False
 
     def open(self, model: nn.Module, reg: AttachedRegularizer) -> None:
-        hook = Hook(self, self._before_model)
+        hook = Hook(reg._tap, self._before_model)
         reg._tap.handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
