@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -91,7 +92,7 @@ def attach(
                 f"{options[name]}. Name another layer, classifier=..., or leave it out."
             )
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
-    device = next(layer.parameters()).device
+    device = next(chain(layer.parameters(), layer.buffers())).device  # its weight may be fixed
     return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss)
 
 

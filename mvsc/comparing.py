@@ -192,9 +192,10 @@ _RESIZES: dict[int, list[dict[str, Any]]] = {
 }
 
 
-def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> bool:
+def _is_resized(answer: Tensor, logits: Tensor, tolerance: float | None = None) -> bool:
     """Return whether logits are a resized answer, up to a share of their length."""
     # The tolerance is relative: at random weights all logits of some models are tiny.
+    tolerance = _rounding(answer, logits) if tolerance is None else tolerance
     answer, logits = answer.double(), logits.double()
     if answer.shape == logits.shape:
         return _relative(answer, logits) <= tolerance
@@ -205,6 +206,7 @@ def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> boo
 
 def _factor(answer: Tensor, logits: Tensor) -> float | None:
     """Return what a resized answer is multiplied by in the logits; None if by little or not."""
+    same = _rounding(answer, logits)
     answer, logits = answer.double(), logits.double()
     for way in _RESIZES[answer.ndim - 2]:
         resized = F.interpolate(answer, logits.shape[2:], **way)
@@ -212,10 +214,15 @@ def _factor(answer: Tensor, logits: Tensor) -> float | None:
         if (
             abs(factor) > _SAME
             and not 1 / _MUCH < factor < _MUCH
-            and _relative(factor * resized, logits) <= _SAME
+            and _relative(factor * resized, logits) <= same
         ):
             return factor
     return None
+
+
+def _rounding(answer: Tensor, logits: Tensor) -> float:
+    """Return up to which distance maps of their dtypes are the same: bfloat16 rounds more."""
+    return max(_SAME, *(torch.finfo(each.dtype).eps for each in (answer, logits)))
 
 
 def _relative(answer: Tensor, logits: Tensor) -> float:
@@ -255,6 +262,7 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
 
     None if it was not.
     """
+    same = _rounding(answer, logits)
     answer, logits, size = answer.double(), logits.double(), logits.shape[2:]
     for stride in _strides(answer.shape[2:], size):
         padded = tuple(stride * n for n in answer.shape[2:])
@@ -268,7 +276,7 @@ def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:
                 part = whole
                 for axis, (start, n) in enumerate(zip(starts, size, strict=True), start=2):
                     part = part.narrow(axis, start, n)
-                if _relative(part, logits) <= _SAME:
+                if _relative(part, logits) <= same:
                     return padded
     return None
 

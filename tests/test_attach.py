@@ -1020,3 +1020,23 @@ def test_with_add_to_loss_a_second_loss_is_told_that_the_first_was_added(images,
     model(images)
     with pytest.raises(RuntimeError, match=r"had no labels\. Pass labels to the model"):
         reg(labels)
+
+
+def test_a_classifier_whose_weight_is_fixed_is_asked_as_it_is(images, labels):
+    class Fixed(nn.Conv2d):  # as the simplex of neural collapse
+        def __init__(self) -> None:
+            super().__init__(DIM, CLASSES, 1, bias=False)
+            weight = self.weight.detach()
+            del self.weight
+            self.register_buffer("weight", weight)
+
+    model = Net()
+    model.classifier = Fixed()
+    reg = attach(model, classifier="classifier")
+    model(images)
+    loss = reg(labels)
+    model(images)
+    regularizer = MVSCRegularizer(CLASSES, DIM)
+    assert_close(loss, regularizer(model.encoder(images), labels, model.classifier))
+    loss.backward()
+    assert reg.regularizer.centroids.grad.any()

@@ -107,6 +107,15 @@ def test_a_model_that_pads_and_crops_is_told_to_pad_the_labels_too(model, size):
     assert seen[0].filename == __file__  # the user's line, not one of ours
 
 
+@pytest.mark.parametrize("size", [(50, 76), (100, 60)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padding_is_noticed_under_autocast_too(dtype, size):
+    model = Padding(stride=8, mode="bilinear", align_corners=False)
+    images, labels = torch.randn(2, 3, *size), torch.randint(0, CLASSES, (2, *size))
+    with pytest.warns(UserWarning, match=r"pads.*F\.pad\(labels"), torch.autocast("cpu", dtype):
+        step(model, images, labels)
+
+
 class PaddingAtStride(nn.Module):
     """Pads to a multiple of 32 and returns logits of a quarter of the size, cropped."""
 
