@@ -2,14 +2,13 @@
 
 import inspect
 import logging
-from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mvsc.add_to_loss import AddToLoss
-from mvsc.classifier import widths
+from mvsc.classifier import tensors_of, widths
 from mvsc.comparing import Verdict, classes_second, compare, sizes_of
 from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier
@@ -92,7 +91,7 @@ def attach(
                 f"{options[name]}. Name another layer, classifier=..., or leave it out."
             )
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
-    device = next(chain(layer.parameters(), layer.buffers())).device  # its weight may be fixed
+    device = tensors_of(layer)[0].device
     return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss)
 
 

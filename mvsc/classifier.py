@@ -97,6 +97,11 @@ def reads_axes(classifier: object) -> int | None:
     return None
 
 
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return the parameters of a module, and then its buffers: a weight that is fixed is one."""
+    return [*module.parameters(), *module.buffers()]
+
+
 def is_sharded(module: object) -> bool:
     """Return whether a module's weight is spread over processes (FSDP2, tensor parallel, ZeRO-3).
 
@@ -211,8 +216,8 @@ def classify_vectors(
 
 def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) -> Tensor:
     """Ask a classifier whose arithmetic is its own affair, by calling it."""
-    parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
-    dtypes = [p.dtype for p in parameters if p.is_floating_point()]
+    tensors = tensors_of(classifier) if isinstance(classifier, nn.Module) else []
+    dtypes = [each.dtype for each in tensors if each.is_floating_point()]
     inputs = vectors.to(dtypes[0] if dtypes else vectors.dtype)
     regions = [] if reads_rows(classifier) else _regions(classifier, axes)
     if regions:

@@ -192,10 +192,10 @@ _RESIZES: dict[int, list[dict[str, Any]]] = {
 }
 
 
-def _is_resized(answer: Tensor, logits: Tensor, tolerance: float | None = None) -> bool:
+def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> bool:
     """Return whether logits are a resized answer, up to a share of their length."""
     # The tolerance is relative: at random weights all logits of some models are tiny.
-    tolerance = _rounding(answer, logits) if tolerance is None else tolerance
+    tolerance = max(tolerance, _rounding(answer, logits))
     answer, logits = answer.double(), logits.double()
     if answer.shape == logits.shape:
         return _relative(answer, logits) <= tolerance

@@ -110,7 +110,8 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
     bad = out_of_range(labels, num_classes, ignore_index)
     if not bool(bad.any()):
         return
-    values, counts = torch.unique(labels.long()[bad], return_counts=True)
+    labels = labels.long()
+    values, counts = torch.unique(labels[bad], return_counts=True)
     found = ", ".join(
         f"{value} ({count} px)"
         for value, count in zip(values[:5].tolist(), counts[:5].tolist(), strict=True)
@@ -120,7 +121,7 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
         f"labels must be in 0 .. {num_classes - 1} or ignore_index={ignore_index}, "
         f"got {found}{more}. The usual causes: class indices that start at 1 "
         "(reduce_zero_label), a wrong num_classes, or unlabelled pixels under another number "
-        f"(ignore_index).{_of_marks(labels.long(), values.tolist(), num_classes, ignore_index)}"
+        f"(ignore_index).{_of_marks(labels, values.tolist(), num_classes, ignore_index)}"
     )
 
 
@@ -134,16 +135,13 @@ def _of_marks(labels: Tensor, bad: list[int], num_classes: int, ignore_index: in
         kept = ignore_index if ignored else marks.pop(0)
         filled = "".join(f".masked_fill(labels == {mark}, {kept})" for mark in marks)
         pair = " and ".join(map(str, [*marks, kept]))
-        remedy = f" If {pair} mark unlabelled pixels, pass labels{filled} with ignore_index={kept}."
-    else:
-        (mark,) = marks
-        remedy = (
-            f" If {mark} marks unlabelled pixels, use attach(model, ignore_index={mark}) or "
-            f"MVSCRegularizer(..., ignore_index={mark})."
-        )
-    if 255 in marks and num_classes == 2:
-        remedy += " For a mask of 0 and 255 pass labels // 255."
-    return remedy
+        return f" If {pair} mark unlabelled pixels, pass labels{filled} with ignore_index={kept}."
+    (mark,) = marks
+    mask = " For a mask of 0 and 255 pass labels // 255." * (mark == 255 and num_classes == 2)
+    return (
+        f" If {mark} marks unlabelled pixels, use attach(model, ignore_index={mark}) or "
+        f"MVSCRegularizer(..., ignore_index={mark}).{mask}"
+    )
 
 
 def _of_shape(

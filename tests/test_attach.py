@@ -1022,21 +1022,38 @@ def test_with_add_to_loss_a_second_loss_is_told_that_the_first_was_added(images,
         reg(labels)
 
 
-def test_a_classifier_whose_weight_is_fixed_is_asked_as_it_is(images, labels):
-    class Fixed(nn.Conv2d):  # as the simplex of neural collapse
-        def __init__(self) -> None:
-            super().__init__(DIM, CLASSES, 1, bias=False)
-            weight = self.weight.detach()
-            del self.weight
-            self.register_buffer("weight", weight)
+class Fixed(nn.Conv2d):
+    """Has a weight that is not learned, as the simplex of neural collapse."""
 
+    def __init__(self) -> None:
+        super().__init__(DIM, CLASSES, 1, bias=False)
+        weight = self.weight.detach()
+        del self.weight
+        self.register_buffer("weight", weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_classifier_whose_weight_is_fixed_is_asked_as_it_is(images, labels, dtype):
     model = Net()
     model.classifier = Fixed()
+    model, images = model.to(dtype), images.to(dtype)
     reg = attach(model, classifier="classifier")
     model(images)
     loss = reg(labels)
-    model(images)
     regularizer = MVSCRegularizer(CLASSES, DIM)
     assert_close(loss, regularizer(model.encoder(images), labels, model.classifier))
     loss.backward()
     assert reg.regularizer.centroids.grad.any()
+
+
+def test_an_optimizer_of_named_parameters_takes_the_centroids_with_their_name(images, labels):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    reg = attach(model)
+    optimizer.add_param_group(reg.param_group(params=[*reg.named_parameters()]))
+    drawn = reg.regularizer.centroids.detach().clone()
+    model(images)
+    reg(labels).backward()
+    optimizer.step()
+    assert not torch.equal(reg.regularizer.centroids, drawn)
+    assert optimizer.param_groups[-1]["weight_decay"] == 0
