@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.sampling import is_replaying
-from mvsc.tap import Hook, Tap
+from mvsc.tap import NO_FORWARD, Hook, Tap
 from mvsc.watch import warn
 
 _IDLE_FORWARDS = 10
@@ -34,6 +34,12 @@ _CHECKPOINTED = (
     "add_to_loss cannot add in a checkpoint of the whole model with its loss. Checkpoint the "
     "model's parts, or attach without add_to_loss and add reg(labels) to the loss yourself, with "
     "use_reentrant=False."
+)
+_OTHER_HEAD = (
+    "add_to_loss had nothing to add in a forward with labels: the classifier did not run. If "
+    "another head answers for these labels, all is well. Else name the layer that makes the "
+    "logits, classifier=...; if it is this one, and its weight is taken without calling it, pass "
+    "features and classifier to MVSCRegularizer."
 )
 _PAST_THE_HOOKS = (
     "the classifier ran, but not in a call of the model that is attached: somebody calls its "
@@ -132,6 +138,9 @@ class AddToLoss:
                 )
             if output is not None:
                 self._notice_nothing_added(_UNLABELLED)
+            return output
+        if self.tap.missing == NO_FORWARD and self.tap.forwards == 0:
+            self.tap.watch.say("no forward", _OTHER_HEAD)
             return output
         self.idle = -1
         key = _find_loss(output)

@@ -80,6 +80,7 @@ def attach(
     model = _unwrap(model)
     path = find_classifier(model, classifier, example)
     layer = model.get_submodule(path)
+    _notice_adapter(model, path, layer)
     options = _options_of_config(model, path) | options
     dim, logits = widths(layer)
     sizes = {"dim": dim, "num_classes": max(logits, 2)}  # one logit stands for two classes
@@ -150,6 +151,18 @@ class AttachedRegularizer(nn.Module):
                 f"{name} is a setting of the regularizer inside. Set reg.regularizer.{name}."
             )
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """Say where that is which only the regularizer inside has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inside = self.__dict__.get("_modules", {}).get("regularizer")
+            if inside is None or name.startswith("_") or not hasattr(inside, name):
+                raise
+        raise AttributeError(
+            f"{name} belongs to the regularizer inside. Use reg.regularizer.{name}."
+        )
 
     @property
     def features(self) -> Tensor:
@@ -291,6 +304,20 @@ def _unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def _notice_adapter(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Warn if a module around a frozen classifier trains what it adds to it, as LoRA does."""
+    outer = path.rpartition(".")[0]
+    around = model.get_submodule(outer)
+    trained = any(parameter.requires_grad for parameter in around.parameters(recurse=False))
+    alone = [part for part in around.children() if [*part.parameters()]] == [layer]
+    if trained and alone and not any(parameter.requires_grad for parameter in layer.parameters()):
+        warn(
+            f"the classifier {path!r} is frozen, and {type(around).__name__} around it trains "
+            "parameters of its own, as an adapter does. L_v asks the frozen layer alone. Pass the "
+            f"features and model.get_submodule({outer!r}) to MVSCRegularizer."
+        )
 
 
 def _options_of_config(model: nn.Module, path: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Those of labels have a file of their own. Inside, the code trusts its inputs.
 """
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,7 +30,10 @@ def check_int(name: str, value: object) -> int:
 def check_number(name: str, value: Any) -> float:
     """Raise unless ``value`` is a finite number; return it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {describe(value)}.")
+        # A tensor would be a device's to read, and NumPy's are the compiler's to change.
+        single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        remedy = f" Use float({name})." if single and not isinstance(value, bool) else ""
+        raise TypeError(f"{name} must be a number, got {describe(value)}.{remedy}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}.")
     return float(value)
@@ -270,4 +273,6 @@ def _wrong_width(shape: tuple[int, ...], dim: int, channels_last: bool) -> str:
         remedy = "Pass channels_last=False."
     elif not channels_last and shape[-1] == dim:
         remedy = "Pass channels_last=True if the last axis holds the channels."
+    elif shape[0] == dim and len(shape) == 3 and not channels_last:
+        remedy = "Of one image alone use images.unsqueeze(0) and labels.unsqueeze(0)."
     return f"features must have shape {expected} with dim={dim}, got {shape}. {remedy}"

@@ -43,6 +43,12 @@ TRANSPOSED = (
     "examples/integrations/monai_transposed_head.py of mvsc's repository."
 )
 
+_FAILED = (
+    "classifier must give logits for centroids of shape {shape}, each a map of one place, and "
+    "raised: {error} Pass a callable that takes them alone, and flattens them where it reads rows: "
+    "lambda v: F.linear(v.flatten(1), weight)."
+)
+
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
 # Of two threads that share a classifier the one would keep what the other had taken off.
@@ -223,8 +229,15 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
     if regions:
         sizes = [region.size for region in regions]
         inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *sizes)
-    with _leaving_no_trace(classifier):
-        logits = _without_dropout(classifier, inputs)
+    try:
+        with _leaving_no_trace(classifier):
+            logits = _without_dropout(classifier, inputs)
+    except (TypeError, RuntimeError) as error:
+        # What goes wrong inside a module that could be called says more by itself.
+        whole = isinstance(classifier, nn.Module) and not isinstance(error, TypeError)
+        if whole or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(_FAILED.format(shape=tuple(inputs.shape), error=error)) from error
     return _centre(logits, len(vectors), num_classes, regions)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvsc.checks import on_grid
+from mvsc.checks import grid_of_ratio, on_grid
 from mvsc.classifier import AUXILIARY, reads_rows
 
 _SAME = 1e-3
@@ -34,6 +34,11 @@ _REARRANGED = (
     "reshape follows, so that a place of the features has several answers. Pass the features to "
     f"MVSCRegularizer, with {AUXILIARY}."
 )
+_FOLDED = (
+    "it gives {} values, which the model folds to {} classes, as where a class has several. Pass "
+    "the features to MVSCRegularizer, with num_classes={} and a callable that folds as the model "
+    "does."
+)
 _SCALED = (
     "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
     "features and a callable that multiplies, too, to MVSCRegularizer."
@@ -52,10 +57,9 @@ def difference(answers: list[Tensor], logits: Tensor) -> str:
     pairs = _pairs(answers[0], logits)
     if not pairs:
         return f"gives {tuple(answers[0].shape)}, the logits are {tuple(logits.shape)}"
-    if any(_is_resized(a, b) for a, b in pairs):
+    if any(_is_resized(a, b) or _padded_by(a, b) is not None for a, b in pairs):
         return ""
-    cropped = any(_padded_by(a, b) is not None for a, b in pairs)
-    return "the logits are its output, cropped" if cropped else "its output is not the logits"
+    return "its output is not the logits"
 
 
 class Verdict(NamedTuple):
@@ -84,9 +88,10 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
     first = [(a[:1], b[:1]) for a, b in pairs]
     if not pairs:
         for each in maps:
-            for made, text in ((_is_cut, _CUT), (_is_rearranged, _REARRANGED)):
+            for made, text in _MADE:
                 if made(answer[:1], each[:1]):
-                    return Verdict(None, text.format(answer.shape[1], each.shape[1]))
+                    classes = each.shape[1]
+                    return Verdict(None, text.format(answer.shape[1], classes, classes))
         return None
     exact = [_without_softmax(a, b) for a, b in first]
     if any(_is_resized(a, b) for a, b in exact):
@@ -139,7 +144,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Read an answer as the logits, whose classes are second or last; all that fits its classes.
 
-    Tokens are unfolded to the logits' grid, and a map is folded to logits in a row. Of two dates
+    Tokens are unfolded to the logits' grid, and logits in a row to that of a map. Of two dates
     the logits may be stacked, or belong to the first half of the answer. One logit may have no axis
     of classes.
     """
@@ -149,14 +154,15 @@ def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
         answer = answer[: logits.shape[0]]
     elif logits.ndim == answer.ndim - 1 and answer.shape[1] == 1:
         logits = logits.unsqueeze(1)
-    elif logits.ndim == 3 < answer.ndim:
-        answer = answer.flatten(2)
     if not (3 <= answer.ndim <= 5 and 3 <= logits.ndim <= 5):
         return []
     pairs = []
     for each in (logits, logits.movedim(-1, 1)):
         if each.shape[:2] != answer.shape[:2]:
             continue
+        if each.ndim == 3 < answer.ndim:
+            grid = grid_of_ratio(each.shape[2], tuple(answer.shape[2:]))
+            each = each if grid is None else each.reshape(*each.shape[:2], *grid)
         try:
             unfolded = on_grid(answer, tuple(each.shape[2:]), None)
         except ValueError:
@@ -237,8 +243,10 @@ def _alike(answer: Tensor, logits: Tensor) -> bool:
             return True
     if answer.shape[1] == 1:
         return False
-    resized = F.interpolate(answer, logits.shape[2:], mode="nearest-exact")
-    return float((resized.argmax(1) == logits.argmax(1)).double().mean()) >= 0.9
+    best = logits.argmax(1)
+    ways = _RESIZES[answer.ndim - 2]
+    resized = (F.interpolate(answer, logits.shape[2:], **way) for way in ways)
+    return any(float((each.argmax(1) == best).double().mean()) >= 0.9 for each in resized)
 
 
 def _is_rearranged(answer: Tensor, output: Tensor) -> bool:
@@ -255,6 +263,28 @@ def _is_cut(answer: Tensor, output: Tensor) -> bool:
     if output.ndim != answer.ndim or more < 1 or output.shape[1] < 2:
         return False
     return any(_is_resized(part, output) for part in (answer[:, more:], answer[:, :-more]))
+
+
+def _is_folded(answer: Tensor, output: Tensor) -> bool:
+    """Return whether an output is of the largest, or the sum or mean, of several values a class."""
+    classes = output.shape[1]
+    several, rest = divmod(answer.shape[1], classes)
+    if output.ndim != answer.ndim or classes < 2 or several < 2 or rest:
+        return False
+    # Before the resize, or after it.
+    resizes = _RESIZES[answer.ndim - 2] if answer.shape[2:] != output.shape[2:] else []
+    wholes = (F.interpolate(answer, output.shape[2:], **way) for way in resizes)
+    for whole in (answer, *wholes):
+        for axis, sizes in ((2, (classes, several)), (1, (several, classes))):
+            values = whole.reshape(len(whole), *sizes, *whole.shape[2:])
+            for fold in (Tensor.amax, Tensor.logsumexp, Tensor.sum, Tensor.mean):
+                if _is_resized(fold(values, axis), output):
+                    return True
+    return False
+
+
+_MADE = ((_is_cut, _CUT), (_is_folded, _FOLDED), (_is_rearranged, _REARRANGED))
+"""What is made of an answer in other classes, and what is said of it."""
 
 
 def _padded_by(answer: Tensor, logits: Tensor) -> tuple[int, ...] | None:

@@ -344,12 +344,15 @@ class MVSCRegularizer(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in the module's representation."""
         align, pull, classify = self._weights()
-        return (
+        shown = (
             f"num_classes={self.num_classes}, dim={self.dim}, groups={self.groups}, "
             f"temperature={self.temperature}, align_weight={align}, pull_weight={pull}, "
             f"classify_weight={classify}, enhance={self.enhance}, align_to={self.align_to!r}, "
-            f"ignore_index={self.ignore_index}, seed={self.seed}"
+            f"ignore_index={self.ignore_index}, grid_label={self.grid_label!r}, seed={self.seed}, "
+            f"sync={self.sync!r}, sync_means={self.sync_means}"
         )
+        made = None if self._stepper is None else self._stepper.make
+        return shown if made is None else f"{shown}, optimizer={made!r}"
 
     def split(self, grid: Tensor, features: Tensor) -> Tensor:
         """Split the pixels of each class into groups: the partition of Eq. (1) (R9).

@@ -5,20 +5,19 @@ out once. The ledger says why there are none: no forward, two of them, used up, 
 """
 
 import gc
-import re
 import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from mvsc.classifier import reads_rows
+from mvsc.classifier import base_of, is_sharded, reads_rows
 from mvsc.hosts import HOSTS
 from mvsc.sampling import is_replaying
 from mvsc.watch import Watch
@@ -27,13 +26,13 @@ NOT_ATTACHED = (
     "This regularizer is attached to no model: it was detached, copied or unpickled. "
     "Call mvsc.attach on the model that is trained."
 )
-_NO_FORWARD = (
-    "no forward ran since, or none that called the classifier. Call the model first; if another "
-    "layer makes its logits, name it, classifier=...; if it takes the classifier's weight without "
-    "calling it, pass features and classifier to MVSCRegularizer; if it, or another model of its "
-    "class, was compiled and called without a regularizer, its hooks do not run: attach before the "
-    "first call, call torch.compiler.reset(), or set "
-    "torch._dynamo.config.skip_nnmodule_hook_guards = False."
+NO_FORWARD = (
+    "no forward ran since, or none that called the classifier. Call the model first; if a copy "
+    "of it is trained, attach to that; if another layer makes its logits, name it, "
+    "classifier=...; if it takes the classifier's weight without calling it, pass features and "
+    "classifier to MVSCRegularizer; if it, or another model of its class, was compiled and called "
+    "without a regularizer, its hooks do not run: attach before the first call, call "
+    "torch.compiler.reset(), or set torch._dynamo.config.skip_nnmodule_hook_guards = False."
 )
 _EVALUATION = (
     "the last forward ran in evaluation mode. Call model.train() before it, or in validation leave "
@@ -70,10 +69,10 @@ _NO_GRADIENT = (
     "reg.discard() when the rest trains, or pass features and classifier to MVSCRegularizer."
 )
 _REPLACED = (
-    "The classifier was replaced since it was attached. Call detach() and attach again, with the "
-    "state_dict() of this regularizer where classes and width stayed, and its param_group() for "
-    "the optimizer; if the new one is more than a linear layer, pass features and classifier to "
-    "MVSCRegularizer."
+    "The classifier was replaced since it was attached, or has other sizes. Call detach() and "
+    "attach again, with the state_dict() of this regularizer where classes and width stayed, and "
+    "its param_group() for the optimizer; if the new one is more than a linear layer, pass "
+    "features and classifier to MVSCRegularizer."
 )
 _CHANGED = (
     "The features were changed in place after they were taken. Make the operation that follows "
@@ -129,6 +128,14 @@ def strip(model: nn.Module) -> None:
                 vars(module)[name].pop(number, None)
 
 
+class _Dropped(NamedTuple):
+    """What a dropout gave in this forward, how often it was changed by then, and what entered."""
+
+    output: Tensor
+    version: int | None
+    entered: Tensor
+
+
 class Tap:
     """Hooks on a model that keep the features of its last forward until they are used.
 
@@ -173,7 +180,7 @@ class Tap:
                     "already. Call its detach() first, or mvsc.detach(model) where nothing but "
                     "the traceback of an error holds it."
                 )
-        for dropout in _dropouts_near(model, path, entrance):
+        for dropout in _dropouts_near(model, path):
             before, after = Hook(self, self._before_dropout), Hook(self, self._after_dropout)
             self.handles += [
                 dropout.register_forward_pre_hook(before, with_kwargs=True),
@@ -186,16 +193,17 @@ class Tap:
             model.register_forward_hook(Hook(self, self._after_model), always_call=True),
         ]
         self.classifier = model.get_submodule(path)
+        self.shape = _shape_of(self.classifier)
         self.model, self.owner, self.path = weakref.ref(model), weakref.ref(owner), path
 
-    def clear(self, missing: str = _NO_FORWARD) -> None:
+    def clear(self, missing: str = NO_FORWARD) -> None:
         """Forget what was taken; ``missing`` says why there is nothing."""
         self.features: Tensor | None = None
         self.version: int | None = None
         self.forwards = 0
         self.missing = missing
-        self.undropped: Tensor | None = None
-        self.dropped: Tensor | None = None
+        self.entering: Tensor | None = None
+        self.dropped: list[_Dropped] = []
 
     def close(self) -> None:
         """Take every hook off the model."""
@@ -261,12 +269,13 @@ class Tap:
         return features
 
     def replaced(self) -> bool:
-        """Return whether another layer stands where the classifier was."""
-        model = self.model()
+        """Return whether another layer stands where the classifier was, or one of other sizes."""
+        model, classifier = self.model(), self.classifier
         try:
-            return model is not None and model.get_submodule(self.path) is not self.classifier
+            same = model is None or model.get_submodule(self.path) is classifier
         except AttributeError:
             return True
+        return not same or (classifier is not None and _shape_of(classifier) != self.shape)
 
     def listens(self, module: nn.Module) -> bool:
         """Return whether a call of ``module`` is a part of a forward that is trained on.
@@ -290,6 +299,7 @@ class Tap:
             self.seen = None  # Not a map longer than it has to be.
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.dropped = []  # No graph longer than it has to be.
         if torch.compiler.is_compiling() or output is not None or sys.exc_info()[0] is None:
             return
         if self.listens(module):  # The forward has failed: its graph goes before it is tried again.
@@ -297,14 +307,21 @@ class Tap:
 
     # Quantization's swap_module takes a layer's hooks over without their wish for kwargs.
     def _before_dropout(self, module: _DropoutNd, args: Any, kwargs: Any = None) -> None:
-        features = _first(args, kwargs)
-        # Of several in a row the first one counts.
-        if self.listens(module) and self.dropped is not features:
-            self.undropped = features.clone() if module.inplace else features
+        if self.listens(module):
+            features = self._before_dropouts(_first(args, kwargs))
+            self.entering = features.clone() if module.inplace else features
 
     def _after_dropout(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self.listens(module):
-            self.dropped = output
+        if self.listens(module) and self.entering is not None:
+            self.dropped.append(_Dropped(output, _version_of(output), self.entering))
+            self.entering = None
+
+    def _before_dropouts(self, features: Tensor) -> Tensor:
+        """Return what entered the dropout that gave these features; of several, the first one."""
+        for dropped in self.dropped:
+            if _is_same(dropped.output, dropped.version, features):
+                return dropped.entered
+        return features
 
     def _before_classifier(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         features = _first(args, kwargs)
@@ -316,14 +333,11 @@ class Tap:
             self.clear(_NO_TENSOR.format(kind=type(features).__name__))
             return
         # Whether a dropout near the classifier really precedes it shows here and only here.
-        if self.dropped is features and self.undropped is not None:
-            features = self.undropped
+        features = self._before_dropouts(features)
         # Of two forwards neither is kept: a graph that nobody asks for would stay alive.
         self.forwards = min(self.forwards + 1, 2)
         self.features = features if self.forwards == 1 else None
-        # A compiled graph has no in-place operations and no versions.
-        self.version = None if torch.compiler.is_compiling() else features._version
-        self.undropped = self.dropped = None
+        self.version, self.dropped = _version_of(features), []
 
 
 def _is_plain_eager() -> bool:
@@ -343,20 +357,43 @@ def _entrance(model: nn.Module, path: str) -> str:
     return parent if type(model.get_submodule(parent)).__name__ in pads else path
 
 
-def _dropouts_near(model: nn.Module, path: str, entrance: str) -> list[_DropoutNd]:
-    """Return the dropouts registered right before the classifier, and those beside its entrance.
+def _dropouts_near(model: nn.Module, path: str) -> list[_DropoutNd]:
+    """Return the dropouts that may come right before the classifier.
 
-    Only these are watched: hooks all over an encoder would meet checkpointed and compiled blocks.
+    Those that a module around it holds, and those in which a part of such a module ends: hooks all
+    over an encoder would meet checkpointed and compiled blocks.
     """
-    # PEFT's copy of a layer stands where the layer stood, which comes before it.
-    path, entrance = (re.sub(r"\.modules_to_save\.[^.]+$", "", each) for each in (path, entrance))
-    # A dropout that several blocks share stands in each of them.
-    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
-    earlier = modules[: modules.index(model.get_submodule(path))]
-    leaves = [module for module in reversed(earlier) if not [*module.children()]]
-    before = takewhile(lambda module: isinstance(module, _DropoutNd | nn.Identity), leaves)
-    beside = model.get_submodule(entrance.rpartition(".")[0]).children()
-    return [m for m in dict.fromkeys([*before, *beside]) if isinstance(m, _DropoutNd)]
+    names = path.split(".")
+    found = []
+    for depth in range(len(names)):
+        for part in model.get_submodule(".".join(names[:depth])).children():
+            if part is model.get_submodule(path):
+                continue
+            # A dropout that several blocks share stands in each of them.
+            modules = [module for _, module in part.named_modules(remove_duplicate=False)]
+            leaves = [module for module in reversed(modules) if not [*module.children()]]
+            found += [*takewhile(lambda leaf: isinstance(leaf, _DropoutNd | nn.Identity), leaves)]
+    return [each for each in dict.fromkeys(found) if isinstance(each, _DropoutNd)]
+
+
+def _shape_of(classifier: nn.Module) -> torch.Size | None:
+    """Return the shape of a classifier's weight, if it is a parameter that nothing spreads."""
+    weight = base_of(classifier)._parameters.get("weight")
+    return weight.shape if type(weight) is nn.Parameter and not is_sharded(classifier) else None
+
+
+def _version_of(tensor: Tensor) -> int | None:
+    """Return how often a tensor was changed in place, which a compiled graph never does."""
+    return None if torch.compiler.is_compiling() else tensor._version
+
+
+def _is_same(one: Tensor, version: int | None, other: Tensor) -> bool:
+    """Return whether a tensor is one as it was at that version; a backward hook makes a view."""
+    if torch.compiler.is_compiling() or one is other:
+        return one is other and _version_of(other) == version
+    bases = [each if each._base is None else each._base for each in (one, other)]
+    places = [(each.storage_offset(), each.shape, each.stride()) for each in (one, other)]
+    return bases[0] is bases[1] and places[0] == places[1] and other._version == version
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:

@@ -3,6 +3,7 @@ import dataclasses
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -111,6 +112,76 @@ def test_a_dropout_elsewhere_is_not_taken_for_the_one_before_the_classifier(imag
     model.classifier.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     model(images)
     assert reg._tap.features is entered[0]
+
+
+class HeadInItsOwnModule(Net):
+    """The dropout is the model's, the classifier that of a part."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__(dropout)
+        self.head, self.classifier = nn.Sequential(self.classifier), nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(super().forward(images))
+
+
+class ClassifierFirst(Net):
+    """The classifier is registered before the block that ends in the dropout."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        classifier = self.classifier
+        del self.encoder, self.classifier, self.dropout
+        self.classifier, self.encoder = classifier, Net().encoder.append(dropout)
+        self.dropout = nn.Identity()
+
+
+class TwoDropouts(Net):
+    """An auxiliary head has a dropout of its own, which runs in between and afterwards."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__(dropout)
+        self.other, self.auxiliary = nn.Dropout2d(0.5), nn.Conv2d(DIM, CLASSES, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(images)
+        dropped, other = self.dropout(features), self.other(2 * features)
+        return self.classifier(dropped), self.auxiliary(self.other(other))
+
+
+class BackwardHooks(Net):
+    """A full backward hook wraps what leaves a module."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__(dropout)
+        self.dropout.register_full_backward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("kind", [HeadInItsOwnModule, ClassifierFirst, TwoDropouts, BackwardHooks])
+def test_the_dropout_before_the_classifier_is_found_wherever_it_is(images, labels, kind, compiles):
+    model = kind(nn.Dropout2d(0.5))
+    path = "head.0" if kind is HeadInItsOwnModule else "classifier"
+    reg = attach(model, classifier=path)
+    if compiles and kind is not BackwardHooks:  # which end a graph
+        model.compile(backend="eager", fullgraph=True)
+    model(images)
+    features = (model.encoder[:3] if kind is ClassifierFirst else model.encoder)(images)
+    classifier = model.get_submodule(path)
+    assert_close(reg(labels), MVSCRegularizer(CLASSES, DIM)(features, labels, classifier))
+    assert not reg._tap.dropped  # nothing of the forward is held
+
+
+def test_what_changes_a_dropouts_output_in_place_is_not_skipped(images, labels):
+    class Activated(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            self.read = self.dropout(self.encoder(images)).sub_(1)
+            return self.classifier(self.read)
+
+    model = Activated(nn.Dropout(0.5))
+    reg = attach(model)
+    model(images)
+    assert torch.equal(reg.features, model.read.detach())
 
 
 def test_a_linear_classifier_reads_the_last_axis(images, labels):
@@ -504,6 +575,63 @@ def test_a_change_in_place_after_the_tap_raises(images, labels, dropout):
         reg(labels)
 
 
+def test_a_classifier_of_other_sizes_is_told_to_attach_again(images, labels):
+    model = Net()
+    reg = attach(model)
+    model.classifier.weight = nn.Parameter(torch.randn(CLASSES + 2, DIM, 1, 1))
+    model.classifier.bias = nn.Parameter(torch.zeros(CLASSES + 2))
+    model(images)
+    with pytest.raises(RuntimeError, match=r"replaced .*, or has other sizes\. Call detach\(\)"):
+        reg(labels)
+
+
+class Adapted(nn.Module):
+    """LoRA, as a user writes it: parameters beside a frozen layer."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, DIM, 1, 1))
+        self.up = nn.Parameter(torch.zeros(CLASSES, 2, 1, 1))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        narrow = F.conv2d(self.dropout(features), self.down)
+        return self.layer(features) + F.conv2d(narrow, self.up)
+
+
+def test_an_adapter_around_the_classifier_is_noticed_and_the_remedy_trains_it(images, labels):
+    model = Net()
+    model.classifier = Adapted(model.classifier)
+    with pytest.warns(UserWarning, match=r"Adapted around it.*get_submodule\('classifier'\)"):
+        attach(model)
+    loss = MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
+    loss.backward()
+    assert model.classifier.up.grad.norm() > 0
+    model.classifier.layer.requires_grad_(True)  # then it is no adapter
+    detach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(model)
+
+
+def test_what_the_regularizer_inside_has_is_pointed_at():
+    reg = attach(Net())
+    with pytest.raises(AttributeError, match=r"Use reg\.regularizer\.centroids"):
+        reg.centroids  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        reg.nothing  # noqa: B018
+    assert not hasattr(reg, "step")
+
+
+def test_one_image_without_a_batch_is_told_to_get_one(images, labels):
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), nn.Conv2d(DIM, CLASSES, 1))
+    reg = attach(model)
+    model(images[0])
+    with pytest.raises(ValueError, match=r"images\.unsqueeze\(0\) and labels\.unsqueeze"):
+        reg(labels[0])
+
+
 def test_a_detached_regularizer_raises(images, labels):
     model = Net()
     reg = attach(model)
@@ -632,6 +760,29 @@ def test_add_to_loss_does_nothing_in_a_copy(images, labels):
     loss = model(images, labels).loss
     attach(model, add_to_loss=True)
     assert_close(copy.deepcopy(model)(images, labels).loss, loss)
+
+
+def test_add_to_loss_leaves_a_step_of_another_head_alone_and_says_so_once(images, labels):
+    class Tasks(NetWithLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Conv2d(DIM, CLASSES, 1)
+
+        def forward(self, images: Tensor, labels: Tensor, other: bool = False) -> SimpleNamespace:
+            if not other:
+                return super().forward(images, labels)
+            return SimpleNamespace(loss=F.cross_entropy(self.other(self.encoder(images)), labels))
+
+    model = Tasks()
+    reg = attach(model, classifier="classifier", add_to_loss=True)
+    with pytest.warns(UserWarning, match="the classifier did not run. If another head") as seen:
+        model(images, labels, other=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images, labels, other=True)
+    assert len(seen) == 1
+    model(images, labels)
+    assert reg.regularizer.step == 1
 
 
 def test_add_to_loss_that_never_gets_labels_says_so_once(images, labels):

@@ -190,6 +190,38 @@ def test_the_hooks_are_back_after_a_classifier_that_failed():
     assert calls == ["pre"]
 
 
+class NeedsLabels(nn.Conv2d):
+    """A head with a margin, as of ArcFace, which is called with the labels, too."""
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(features)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "why"),
+    [
+        (lambda v: F.linear(v, torch.ones(CLASSES, DIM)), "shapes cannot be multiplied"),
+        (NeedsLabels(DIM, CLASSES, 1), "'labels'"),
+    ],
+)
+def test_a_classifier_that_cannot_be_asked_says_how_and_what_came(classifier, why):
+    features, labels = torch.randn(2, DIM, 4, 4), torch.randint(0, CLASSES, (2, 4, 4))
+    told = rf"of shape \(\d+, {DIM}, 1, 1\), each a map of one place.*{why}.*v\.flatten\(1\)"
+    with pytest.raises(ValueError, match=told):
+        MVSCRegularizer(CLASSES, DIM)(features, labels, classifier)
+    rows = MVSCRegularizer(CLASSES, DIM)
+    rows(features, labels, lambda v: F.linear(v.flatten(1), torch.ones(CLASSES, DIM)))
+
+
+def test_memory_that_runs_out_in_a_classifier_is_not_taken_for_a_wrong_one():
+    def classify(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    features, labels = torch.randn(2, DIM, 4, 4), torch.randint(0, CLASSES, (2, 4, 4))
+    with pytest.raises(torch.OutOfMemoryError):
+        MVSCRegularizer(CLASSES, DIM)(features, labels, classify)
+
+
 def test_a_hook_that_changes_the_weight_of_its_own_accord_is_still_called():
     layer = conv()
     del layer._parameters["weight"]

@@ -219,8 +219,10 @@ def test_an_example_takes_none_of_two_layers_whose_maps_are_returned(images, put
         (lambda z: z.flatten(2).movedim(1, -1), CLASSES),
         (lambda z: z.flatten(2), CLASSES),
         (lambda z: z.unflatten(0, (1, 2)), CLASSES),
+        (lambda z: F.interpolate(z, scale_factor=4).flatten(2), CLASSES),
+        (lambda z: F.interpolate(z, scale_factor=2, mode="bilinear")[..., :-3, :-2], CLASSES),
     ],
-    ids=["squeezed", "rows", "folded", "video"],
+    ids=["squeezed", "rows", "folded", "video", "upsampled rows", "cropped"],
 )
 def test_an_example_looks_through_axes_that_come_or_go(images, after, classes):
     class Folding(Net):

@@ -369,6 +369,11 @@ def upsampled(mode: str, **options: object):
         upsampled("bilinear", antialias=True),
         lambda z: upsampled("bilinear")(z).softmax(1),
         lambda z: upsampled("bilinear")(z.softmax(1)),
+        lambda z: F.softplus(upsampled("bilinear")(z)) + 1,
+        lambda z: F.logsigmoid(upsampled("bicubic")(z)),
+        lambda z: 3 * upsampled("bilinear", align_corners=True)(z),
+        lambda z: F.interpolate(z, size=(36, 24), mode="bilinear").flatten(2),
+        lambda z: F.interpolate(z, size=(24, 36), mode="bilinear").flatten(2).transpose(1, 2),
         lambda z: F.pixel_shuffle(z.repeat_interleave(4, 1), 2),
     ],
 )
@@ -381,19 +386,28 @@ def test_what_follows_without_weights_is_quiet(images, after):
         model(images)
 
 
+FOLDS = (
+    lambda z: z.unflatten(1, (4, 4)).amax(2),  # several prototypes of a class
+    lambda z: z.unflatten(1, (4, 4)).logsumexp(1),
+    lambda z: F.interpolate(z, scale_factor=2, mode="bilinear").unflatten(1, (4, 4)).amax(2),
+    lambda z: F.interpolate(z.unflatten(1, (4, 4)).mean(1), scale_factor=2),  # an ensemble
+)
+
+
 @pytest.mark.parametrize(
     ("after", "classes"),
     [
         (nn.PixelShuffle(2), "as maps of 4: a PixelShuffle or a reshape"),
         (lambda z: z[:, 1:], "15 of them: a cut"),
         (lambda z: z.unflatten(1, (2, 8)), "as maps of 2: a PixelShuffle or a reshape"),
+        *((fold, "folds to 4 classes.*num_classes=4") for fold in FOLDS),
     ],
-    ids=["shuffle", "cut", "reshape"],
+    ids=["shuffle", "cut", "reshape", *(["folded"] * len(FOLDS))],
 )
 def test_an_answer_that_is_returned_in_other_classes_is_doubted(images, after, classes):
     model = After(after, classes=16)
     attach(model, classifier="classifier")
-    with pytest.warns(UserWarning, match=rf"gives 16 classes.*{classes}"):
+    with pytest.warns(UserWarning, match=rf"gives 16 .*{classes}"):
         model(images)
 
 
