@@ -148,7 +148,7 @@ BUGS = [
     ("attach", "_options_of_config(model, path) | options", "options | _options_of_config(model, path)", "the config beats the user's option"),
     ("attach", "regularizer.to(device)", "regularizer", "the regularizer stays on the CPU"),
     ("finding", "    if len(fit) != 1 or _classifies_queries(model, fit[0], refused):", "    if not fit:", "the first of several candidates is guessed"),
-    ("comparing", '    if any(_is_resized(a, b) for a, b in pairs):\n        return ""', '    if pairs:\n        return ""', "any layer of the right shape is proven"),
+    ("comparing", "if any(_is_resized(a, b) or _padded_by(a, b) is not None for a, b in pairs):", "if pairs:", "any layer of the right shape is proven"),
     ("hosts", "if part in parts]", "if False]", "an auxiliary head may be the classifier"),
     ("finding", "            module.training = training\n", "            pass\n", "the example leaves the model in evaluation mode"),
     ("finding", "with torch.random.fork_rng(list(devices)), torch.no_grad()", "with torch.no_grad()", "the example draws from the global generator"),
@@ -244,10 +244,18 @@ BUGS = [
     ("regularizer", "if learns and torch", "if torch", "weights of 0 are taken for an idle optimizer"),
     ("tap", "            elif not isinstance(getattr(hook, \"__self__\", None), nullcontext):", "            else:", "a copy keeps its idle hooks"),
     ("add_to_loss", "if is_replaying():", "if False:", "a checkpoint of the whole model loses the loss"),
-    ("comparing", "in ((_is_cut, _CUT), (_is_rearranged, _REARRANGED)):", "in ((_is_rearranged, _REARRANGED),):", "a class that is cut off behind a resize goes unnoticed"),
+    ("comparing", "_MADE = ((_is_cut, _CUT), ", "_MADE = (", "a class that is cut off behind a resize goes unnoticed"),
     ("finding", "if path is None and refused is None and (sole", "if False and (sole", "example takes what is returned before the logits"),
     ("finding", "and (by_name or part.shape[1] != first.shape[1])", "and part.shape[1] != first.shape[1]", "of two maps with names the first is taken for the logits"),
     ("labels", "and not (axes == 3 and shape[0] == 1)", "", "one slice of a volume is taken for all"),
+    ("comparing", "(_is_folded, _FOLDED), ", "", "several values of a class that become one go unnoticed"),
+    ("comparing", "for whole in (answer, *wholes):", "for whole in (answer,):", "values that are folded behind a resize go unnoticed"),
+    ("comparing", "if each.ndim == 3 < answer.ndim:", "if False:", "rows behind an upsampling are doubted"),
+    ("comparing", "any(float((each.argmax(1) == best)", "all(float((each.argmax(1) == best)", "an activation behind an upsampling is doubted"),
+    ("classifier", "if whole or isinstance(error, torch.OutOfMemoryError):", "if whole:", "memory that runs out is taken for a wrong classifier"),
+    ("tap", "_shape_of(classifier) != self.shape", "False", "classes that are added in place go unnoticed"),
+    ("add_to_loss", "if self.tap.missing == NO_FORWARD and", "if False and", "a step of another head ends the training"),
+    ("attach", "if trained and alone and not any(", "if False and not any(", "LoRA around a frozen classifier goes unnoticed"),
 ]  # fmt: skip
 
 
