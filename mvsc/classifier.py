@@ -36,11 +36,15 @@ _CONVOLVES = (
 AUXILIARY = "an auxiliary 1x1 classifier that has a cross-entropy of its own"
 """What helps where a head gives a place of the features several answers."""
 
+GIVE_IT_ONE = (
+    f"{AUXILIARY}, and pass both to MVSCRegularizer, as in "
+    "examples/integrations/monai_transposed_head.py of mvsc's repository."
+)
+"""What to do for features of which no layer makes logits, pixel by pixel."""
+
 TRANSPOSED = (
     "A transposed convolution gives the places of a pixel different logits, so no answer for a "
-    "pixel alone exists. Give the features that enter it an auxiliary 1x1 classifier with a "
-    "cross-entropy of its own, and pass both to MVSCRegularizer, as in "
-    "examples/integrations/monai_transposed_head.py of mvsc's repository."
+    f"pixel alone exists. Give the features that enter it {GIVE_IT_ONE}"
 )
 
 _FAILED = (

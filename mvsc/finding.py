@@ -4,7 +4,7 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -285,20 +285,20 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     But those of a list are all alike: where others are as large as the first, only a path that is
     known can be proved. So it is where other layers give parts of other classes, or of other names.
     """
-    outputs, parts, alike, by_name = _run(model, example)
-    logits = parts[0]
+    ran = _run(model, example)
+    logits = ran.parts[0]
     wide = [name for name, layer in _linear_layers(model) if _fits(layer, logits)]
     names = dict.fromkeys([*wide, *([] if path is None else [path])])
-    answers = {name: outputs.get(model.get_submodule(name), []) for name in names}
+    answers = {name: ran.outputs.get(model.get_submodule(name), []) for name in names}
     reasons = {name: difference(answers[name], logits) for name in names}
     refused = refusal(model)
-    if path is None and refused is None and (sole := _of_several(model, outputs, parts, by_name)):
+    if path is None and refused is None and (sole := _of_several(model, ran)):
         return sole
     for name in names:
         # DETR's logits are those of its queries: proved, and yet no pixel's.
         if _classifies_queries(model, name, refused) or refused_whole(model):
             reasons[name] = reasons[name] or "not the last layer"
-    rivals = [part for part in parts[1:] if alike and part.shape == logits.shape]
+    rivals = [part for part in ran.parts[1:] if ran.alike and part.shape == logits.shape]
     if path is not None and reasons[path]:
         if any(not difference(answers[path], part) for part in rivals):
             return path
@@ -322,29 +322,27 @@ def _prove(model: nn.Module, path: str | None, example: Any) -> str:
     raise _not_found(model, listed, refuted)
 
 
-def _of_several(
-    model: nn.Module, outputs: dict[nn.Module, list[Tensor]], parts: list[Tensor], by_name: bool
-) -> str | None:
+def _of_several(model: nn.Module, ran: "_Run") -> str | None:
     """Return the classifier where layers of one model give several maps; None if the first counts.
 
     Raises:
         ClassifierNotFoundError: if more than one of these layers is read by nothing else.
     """
-    if len(parts) == 1:
+    if len(ran.parts) == 1:
         return None
     given: dict[str, Tensor] = {}
     for name, layer in _linear_layers(model):
-        answers = outputs.get(layer, [])
-        for part in parts:
+        answers = ran.outputs.get(layer, [])
+        for part in ran.parts:
             if name not in given and _fits(layer, part) and not difference(answers, part):
                 given[name] = part
-    first = parts[0]
+    first = ran.parts[0]
     others = [
         name
         for name, part in given.items()
         if part is not first
         and not speaks_against(name)
-        and (by_name or part.shape[1] != first.shape[1])
+        and (ran.by_name or part.shape[1] != first.shape[1])
     ]
     if not others or not any(part is first for part in given.values()):
         return None
@@ -377,15 +375,21 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _run(
-    model: nn.Module, example: Any
-) -> tuple[dict[nn.Module, list[Tensor]], list[Tensor], bool, bool]:
-    """Run one forward that leaves no trace.
+class _Run(NamedTuple):
+    """What one forward gave."""
 
-    Returns:
-        Each linear layer's answers, what may be logits, whether these are parts of a list, and
-        whether they have names, none of which is known.
-    """
+    outputs: dict[nn.Module, list[Tensor]]
+    """The answers of each linear layer."""
+    parts: list[Tensor]
+    """What may be the logits."""
+    alike: bool
+    """Whether these are the parts of a list."""
+    by_name: bool
+    """Whether they have names, none of which is known."""
+
+
+def _run(model: nn.Module, example: Any) -> _Run:
+    """Run one forward that leaves no trace."""
     outputs: dict[nn.Module, list[Tensor]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -415,7 +419,8 @@ def _run(
             f"model's output or a part of it, got {came}. Name the classifier and leave example "
             "out."
         )
-    return outputs, parts, isinstance(output, list), isinstance(output, Mapping) and named is None
+    unknown = isinstance(output, Mapping) and named is None
+    return _Run(outputs, parts, alike=isinstance(output, list), by_name=unknown)
 
 
 @contextmanager

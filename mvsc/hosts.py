@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from mvsc.classifier import GIVE_IT_ONE
+
 
 class Host(NamedTuple):
     """A library of segmenters.
@@ -130,16 +132,12 @@ REFUSALS = (
     Refusal(
         "MONAI's UNet ends in a transposed convolution, or with residual units in conv(x) + x, "
         "so no layer turns the features of a pixel into its logits. Give what enters its last "
-        "block an auxiliary 1x1 classifier with a cross-entropy of its own, and pass both to "
-        "MVSCRegularizer, as in examples/integrations/monai_transposed_head.py of mvsc's "
-        "repository.",
+        f"block {GIVE_IT_ONE}",
         types=frozenset({("monai", "UNet")}),
     ),
     Refusal(
         "The last layer of this model is followed by a norm, by another layer with weights, or "
-        "runs several times. Give the features that enter its last block an auxiliary 1x1 "
-        "classifier with a cross-entropy of its own, and pass both to MVSCRegularizer, as in "
-        "examples/integrations/monai_transposed_head.py of mvsc's repository.",
+        f"runs several times. Give the features that enter its last block {GIVE_IT_ONE}",
         types=frozenset(
             {
                 ("monai", "HighResNet"),

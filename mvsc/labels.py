@@ -37,19 +37,9 @@ def check_labels(
     ``num_classes`` says what a channel for each class is, to find the remedy.
     """
     if not isinstance(labels, Tensor):
-        maps = labels if isinstance(labels, list | tuple) else ()
-        shapes = [each.shape for each in maps if isinstance(each, Tensor)]
-        array = isinstance(labels, list | tuple) or hasattr(labels, "__array__")
-        remedy = "Use torch.as_tensor(labels)." if array else "Pass the label map of the batch."
-        if shapes:
-            remedy = "Use torch.stack(labels) for the maps of several images of one size."
-        if len(set(shapes)) > 1:
-            remedy = (
-                "Pad the maps of several images to one size with ignore_index; of maps of one "
-                "batch in several resolutions, as for deep supervision, pass the finest."
-            )
         raise TypeError(
-            f"labels must be an integer tensor of class indices, got {describe(labels)}. {remedy}"
+            f"labels must be an integer tensor of class indices, got {describe(labels)}. "
+            f"{_of_no_tensor(labels)}"
         )
     check_dense("labels", labels)
     if features is None:
@@ -73,19 +63,9 @@ def check_labels(
             f"{_of_values(labels, 'labels')}"
         )
     if features is not None and labels.shape[0] != features.shape[0]:
-        times, rest = divmod(features.shape[0], max(labels.shape[0], 1))
-        remedy = "Pass the labels of the same images"
-        if times > 1 and not rest:
-            remedy += (
-                f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they "
-                f"come one after the other, torch.cat([labels] * {times}) if the whole batch comes "
-                "again; of tiles the labels, cut as the images are"
-            )
-        if times:
-            remedy += "; of images without labels append maps of ignore_index"
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
-            f"got {labels.shape[0]}. {remedy}."
+            f"got {labels.shape[0]}. {_of_batch(labels.shape[0], features.shape[0])}"
         )
     if 0 in labels.shape[1:]:
         raise ValueError(
@@ -142,6 +122,35 @@ def _of_marks(labels: Tensor, bad: list[int], num_classes: int, ignore_index: in
         f" If {mark} marks unlabelled pixels, use attach(model, ignore_index={mark}) or "
         f"MVSCRegularizer(..., ignore_index={mark}).{mask}"
     )
+
+
+def _of_no_tensor(labels: object) -> str:
+    """Say how labels that are no tensor become one."""
+    maps = labels if isinstance(labels, list | tuple) else ()
+    shapes = {each.shape for each in maps if isinstance(each, Tensor)}
+    if len(shapes) > 1:
+        return (
+            "Pad the maps of several images to one size with ignore_index; of maps of one batch in "
+            "several resolutions, as for deep supervision, pass the finest."
+        )
+    if shapes:
+        return "Use torch.stack(labels) for the maps of several images of one size."
+    if isinstance(labels, list | tuple) or hasattr(labels, "__array__"):
+        return "Use torch.as_tensor(labels)."
+    return "Pass the label map of the batch."
+
+
+def _of_batch(count: int, wanted: int) -> str:
+    """Say what to do with the labels of another number of images."""
+    times, rest = divmod(wanted, max(count, 1))
+    views = (
+        f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they come one "
+        f"after the other, torch.cat([labels] * {times}) if the whole batch comes again; of tiles "
+        "the labels, cut as the images are"
+    )
+    views = views if times > 1 and not rest else ""
+    unlabelled = "; of images without labels append maps of ignore_index" if times else ""
+    return f"Pass the labels of the same images{views}{unlabelled}."
 
 
 def _of_shape(

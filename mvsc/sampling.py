@@ -7,6 +7,7 @@ draws are equal on every device, eager and compiled.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,9 +16,6 @@ from torch import Tensor
 
 _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
 """What torch 2.6 cannot index on the CPU."""
-
-_KEPT: dict[tuple[Any, ...], Tensor] = {}
-_KEPT_AT_MOST = 16
 
 
 def labels_on_grid(
@@ -90,7 +88,7 @@ def commonest_on_grid(
     reached = torch.ones_like(place, dtype=torch.bool)
     for axis, (source, target) in enumerate(zip(labels.shape[1:], spatial, strict=True), start=1):
         shape = [-1 if a == axis else 1 for a in range(1 + len(spatial))]
-        own = ((2 * torch.arange(source, device=labels.device) + 1) * target) // (2 * source)
+        own = _holding_centres(source, target, labels.device)
         place = place * target + own.view(shape)
         hit = torch.zeros(target, dtype=torch.bool, device=labels.device)
         reached = reached & hit.index_fill(0, own, True).view(shape)
@@ -237,9 +235,14 @@ def _centres(sources: tuple[int, ...], targets: tuple[int, ...], device: torch.d
     """Number, in a flattened map of labels, the one at the centre of each feature pixel."""
     index = torch.zeros(1, dtype=torch.int64, device=device)
     for source, target in zip(sources, targets, strict=True):
-        places = ((2 * torch.arange(target, device=device) + 1) * source) // (2 * target)
+        places = _holding_centres(target, source, device)
         index = (index.unsqueeze(1) * source + places).flatten()
     return index
+
+
+def _holding_centres(places: int, others: int, device: torch.device) -> Tensor:
+    """Number, of so many others in the same axis, the one that holds the centre of each place."""
+    return ((2 * torch.arange(places, device=device) + 1) * others) // (2 * places)
 
 
 def _mix(word: int) -> int:
@@ -256,7 +259,7 @@ def _signed(word: int) -> int:
 
 
 def _kept(make: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
-    """Return ``make(*arguments, device)``; made once, since it depends on sizes alone.
+    """Return ``make(*arguments, device)``, which depends on sizes alone; made once.
 
     Not kept where tensors are not what they seem: in a compiler, a fake mode, or a capture, whose
     memory is the graph's.
@@ -264,15 +267,13 @@ def _kept(make: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
     device = like.device
     if torch.compiler.is_compiling() or type(like) is not Tensor or is_capturing(device):
         return make(*arguments, device)
-    name = (make, arguments, device)
-    kept = _KEPT.pop(name, None)
-    if kept is None:
-        while len(_KEPT) >= _KEPT_AT_MOST:
-            _KEPT.pop(next(iter(_KEPT)))
-        with torch.inference_mode(False):  # or autograd could not use it later
-            kept = make(*arguments, device)
-    _KEPT[name] = kept  # as the last: the one that was not used for longest goes first
-    return kept
+    return _made(make, *arguments, device)
+
+
+@lru_cache(maxsize=16)
+def _made(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    with torch.inference_mode(False):  # or autograd could not use it later
+        return make(*arguments)
 
 
 def is_capturing(device: torch.device) -> bool:

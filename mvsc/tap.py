@@ -275,7 +275,8 @@ class Tap:
             same = model is None or model.get_submodule(self.path) is classifier
         except AttributeError:
             return True
-        return not same or (classifier is not None and _shape_of(classifier) != self.shape)
+        shape = None if classifier is None else _shape_of(classifier)
+        return not same or (None not in (shape, self.shape) and shape != self.shape)
 
     def listens(self, module: nn.Module) -> bool:
         """Return whether a call of ``module`` is a part of a forward that is trained on.

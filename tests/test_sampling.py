@@ -263,13 +263,13 @@ def test_the_halves_of_an_odd_number_of_groups_are_means():
 
 def test_what_each_step_needs_is_made_once_however_many_sizes_come(monkeypatch):
     made, make = [], sampling._halves
-    monkeypatch.setattr(sampling, "_KEPT", {})
+    sampling._made.cache_clear()
     monkeypatch.setattr(sampling, "_halves", lambda *sizes: made.append(sizes) or make(*sizes))
     for size in range(40):
         draw_groups(torch.zeros(1, 1, 1 + size, dtype=torch.int64), 4, 1, torch.tensor(0))
         draw_halves(4, torch.tensor(0))
     assert len(made) == 1
-    assert len(sampling._KEPT) <= 16
+    assert sampling._made.cache_info().currsize <= 16
 
 
 def test_draws_do_not_touch_the_global_generator():
