@@ -117,40 +117,31 @@ class AddToLoss:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         self.inside = False
-        listens = self.tap.listens(module)
         labels = kwargs.get("labels")
         if labels is None and self.position is not None and len(args) > self.position:
             labels = args[self.position]
-        if not listens:
+        if not self.tap.listens(module):
             if labels is not None and self.tap.classifier is not None:
-                if is_replaying():
-                    raise RuntimeError(_CHECKPOINTED)
-                if not self.tap.classifier.training and torch.is_grad_enabled():
-                    self._notice_nothing_added(self.tap.missing)
-            return output
-        if output is None or labels is None:  # None: the forward has failed.
+                self._notice_deaf(self.tap.classifier)
+        elif output is None or labels is None:  # None: the forward has failed.
             self.tap.clear(_UNLABELLED)
-            if self.position is None and len(args) > self.named and _find_loss(output) is not None:
-                raise RuntimeError(
-                    f"add_to_loss cannot tell which argument of {type(module).__name__} is labels. "
-                    "Pass it by name, labels=..., or attach without add_to_loss and add "
-                    "reg(labels) to the loss yourself."
-                )
-            if output is not None:
-                self._notice_nothing_added(_UNLABELLED)
-            return output
-        if self.tap.missing == NO_FORWARD and self.tap.forwards == 0:
+            self._notice_unlabelled(type(module).__name__, len(args), output)
+        elif self.tap.missing == NO_FORWARD and self.tap.forwards == 0:
             self.tap.watch.say("no forward", _OTHER_HEAD)
-            return output
-        self.idle = -1
+        else:
+            self.idle = -1
+            output = self._add(type(module).__name__, output, labels)
+        return output
+
+    def _add(self, model: str, output: Any, labels: Tensor) -> Any:
+        """Return the output of a labelled forward with the loss added to that in it."""
         key = _find_loss(output)
         if key is None:
             self.tap.clear()
             raise RuntimeError(
-                f"{type(module).__name__} returned no loss for these labels to add to: a "
-                f"{type(output).__name__} without a scalar called loss, and without one that is "
-                "its only scalar with a gradient. Attach without add_to_loss, and add reg(labels) "
-                "to the loss yourself."
+                f"{model} returned no loss for these labels to add to: a {type(output).__name__} "
+                "without a scalar called loss, and without one that is its only scalar with a "
+                "gradient. Attach without add_to_loss, and add reg(labels) to the loss yourself."
             )
         try:
             loss = self.tap.use(self.regularizer, labels)
@@ -162,6 +153,24 @@ class AddToLoss:
         if self.scale is not None:
             loss = self.scale() * loss
         return _add_to(output, key, loss)
+
+    def _notice_deaf(self, classifier: nn.Module) -> None:
+        """Raise in a checkpoint of the whole model; count evaluation mode that trains."""
+        if is_replaying():
+            raise RuntimeError(_CHECKPOINTED)
+        if not classifier.training and torch.is_grad_enabled():
+            self._notice_nothing_added(self.tap.missing)
+
+    def _notice_unlabelled(self, model: str, given: int, output: Any) -> None:
+        """Raise if labels are among the arguments without a name; count a forward without any."""
+        if self.position is None and given > self.named and _find_loss(output) is not None:
+            raise RuntimeError(
+                f"add_to_loss cannot tell which argument of {model} is labels. Pass it by name, "
+                "labels=..., or attach without add_to_loss and add reg(labels) to the loss "
+                "yourself."
+            )
+        if output is not None:
+            self._notice_nothing_added(_UNLABELLED)
 
     def _notice_nothing_added(self, why: str) -> None:
         """Warn once if there was no forward so far in which something was added."""
