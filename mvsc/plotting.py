@@ -25,8 +25,10 @@ try:
 except ImportError as error:
     raise ImportError(checks.missing_extra("mvsc.plotting", "matplotlib", "plot")) from error
 
-_WIDTH = 7.0  # inches: two columns
-_STYLE: dict[Any, Any] = {
+WIDTH = 7.0
+"""Width of a figure in inches: two columns."""
+
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -35,6 +37,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelsize": 7.5,
     "axes.linewidth": 0.6,
 }
+"""Settings of every figure, for ``matplotlib.rc_context``."""
+
 _COSINE_COLORS = "RdBu_r"  # white is 0; red and blue are told apart by everyone
 
 
@@ -163,8 +167,8 @@ def heatmaps(
         _check_labels(labels, tuple(image.shape[1:]))
     pixels = _pixels(image)
     columns: list[int | None] = [None, *range(groups)] if groups > 1 else [None]
-    with rc_context(_STYLE):
-        panel = (_WIDTH - 1) / 6  # as for four groups, whatever their number
+    with rc_context(STYLE):
+        panel = (WIDTH - 1) / 6  # as for four groups, whatever their number
         panel_height = panel * image.shape[1] / image.shape[2]
         height = len(classes) * (panel_height + 0.05) + 0.3
         width = 1 + panel * (1 + len(columns))

@@ -22,17 +22,8 @@ from torch import Tensor
 
 from decoding import IGNORE
 from metrics import by_name, read_metrics
+from mvsc.plotting import STYLE, WIDTH
 
-_WIDTH = 7.0  # inches: two columns
-_STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7.5,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "axes.linewidth": 0.6,
-}
 _RIGHT, _WRONG = "#E4E4E4", "#D55E00"
 # Okabe and Ito's colours, which were chosen for colour-blind readers.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -109,14 +100,14 @@ def predictions(
     shown = sorted(set(np.concatenate(seen).tolist()) - {IGNORE})
     columns = 2 + 2 * len(predicted)
     legend_columns = 7
-    with rc_context(_STYLE):
-        panel = _WIDTH / columns
+    with rc_context(STYLE):
+        panel = WIDTH / columns
         below = 0.1 + 0.17 * math.ceil(len(shown) / legend_columns)
         height = 0.25 + len(images) * (panel * images.shape[2] / images.shape[3] + 0.17) + below
         # Narrow gaps, and room for the legend below.
         free = below / height
         layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, rect=(0, free, 1, 1 - free))
-        figure = Figure((_WIDTH, height), layout=layout)
+        figure = Figure((WIDTH, height), layout=layout)
         axes = figure.subplots(len(images), columns, squeeze=False)
         for i, row in enumerate(axes):
             _show(row[0], images[i].movedim(0, -1).cpu().numpy())
@@ -169,8 +160,8 @@ def training_report(runs: Mapping[str, str | PathLike[str]]) -> Figure:
     terms.update(
         zip(("align", "pull", "classify"), (_OKABE_ITO[i] for i in (4, 5, 2)), strict=True)
     )
-    with rc_context(_STYLE):
-        figure = Figure((_WIDTH, 4.4), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure((WIDTH, 4.4), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         top = axes[0, 0]
         for k, values in enumerate(metrics.values()):
