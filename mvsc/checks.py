@@ -60,15 +60,26 @@ def check_dense(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {layout} one. {remedy}")
 
 
+def check_floating(name: str, value: object, remedy: str) -> Tensor:
+    """Raise unless ``value`` is a floating-point tensor; return it."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind(value)}. {remedy}")
+    return value
+
+
+def check_device(name: str, tensor: Tensor, owner: str, device: torch.device) -> None:
+    """Raise unless a tensor is on the device of its owner."""
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} must be on the device of the {owner}, {device}, got {tensor.device}. "
+            f"Use {name}.to({str(device)!r})."
+        )
+
+
 def check_feature_map(features: object, channels_last: bool = False) -> Tensor:
     """Raise unless ``features`` is a floating tensor with one to three spatial axes; return it."""
-    if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a floating-point tensor, got {describe(features)}.")
-    if not features.is_floating_point():
-        raise TypeError(
-            f"features must be a floating-point tensor, got {features.dtype}. "
-            "Pass the input of the classifier, not labels or predictions."
-        )
+    remedy = "Pass the input of the classifier, not labels or predictions."
+    features = check_floating("features", features, remedy)
     if not 3 <= features.ndim <= 5:
         raise ValueError(
             "features must have shape (batch, dim, *spatial) with one to three spatial axes, got "
@@ -180,11 +191,7 @@ def grid_of_ratio(pixels: int, size: tuple[int, ...]) -> tuple[int, ...] | None:
 
 def check_centroids(name: str, centroids: object) -> Tensor:
     """Raise unless ``centroids`` is a floating (groups, num_classes, dim) tensor; return it."""
-    if not isinstance(centroids, Tensor) or not centroids.is_floating_point():
-        raise TypeError(
-            f"{name} must be a floating-point tensor, got {kind(centroids)}. "
-            "Pass for example reg.centroids."
-        )
+    centroids = check_floating(name, centroids, "Pass for example reg.centroids.")
     if centroids.ndim != 3 or 0 in centroids.shape:
         raise ValueError(
             f"{name} must have shape (groups, num_classes, dim) with at least one of each, "

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from mvsc import checks, distributed
@@ -91,6 +92,11 @@ def widths(module: nn.Module) -> tuple[int, int]:
     return layer.in_channels, layer.out_channels
 
 
+def _modules(classifier: object) -> list[nn.Module]:
+    """Return the modules of a classifier that is one."""
+    return [*classifier.modules()] if isinstance(classifier, nn.Module) else []
+
+
 def reads_rows(classifier: object) -> bool:
     """Return whether a classifier reads its features in the last axis, as an nn.Linear does."""
     if isinstance(classifier, _PIXEL_LINEAR) or not isinstance(classifier, nn.Module):
@@ -101,7 +107,7 @@ def reads_rows(classifier: object) -> bool:
 
 def reads_axes(classifier: object) -> int | None:
     """Return how many spatial axes the convolutions of a module read; None if it has none."""
-    for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
+    for layer in _modules(classifier):
         if isinstance(layer, _ConvNd):
             return len(layer.kernel_size)
     return None
@@ -247,8 +253,7 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
 
 def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:
     """Call a classifier with its dropouts off (R13)."""
-    modules = classifier.modules() if isinstance(classifier, nn.Module) else ()
-    dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    dropouts = [m for m in _modules(classifier) if isinstance(m, _DropoutNd) and m.training]
     for dropout in dropouts:
         dropout.training = False
     try:
@@ -311,7 +316,7 @@ def _regions(classifier: Classifier, axes: int) -> list[_Region]:
     upsamples in between answers of too few places or too many.
     """
     seen = [(1, 1)] * axes  # How many places a pixel's answer looks at, and how far it is apart.
-    for layer in classifier.modules() if isinstance(classifier, nn.Module) else ():
+    for layer in _modules(classifier):
         if isinstance(layer, _ConvNd):
             each = zip(seen, layer.kernel_size, layer.dilation, layer.stride, strict=True)
             seen = [(n + s * dilation * (k - 1), s * step) for (n, s), k, dilation, step in each]
@@ -330,7 +335,7 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
     spectral_norm and running statistics would all learn from the centroids. What computes a
     weight or gathers it is left in place.
     """
-    modules = list(classifier.modules()) if isinstance(classifier, nn.Module) else []
+    modules = _modules(classifier)
     # The compiler can neither see hooks being taken off nor buffers being exchanged.
     scripted = isinstance(classifier, torch.jit.ScriptModule)
     if torch.compiler.is_compiling() or scripted or any(map(is_sharded, modules)):

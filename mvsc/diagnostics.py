@@ -421,10 +421,7 @@ def _check_alignment(means: object, centroids: object, present: object, align_to
 
 def _check_unit_means(means: object, counts: object) -> None:
     """Raise unless ``means`` is (num_classes, dim) and ``counts`` fits it."""
-    if not isinstance(means, Tensor) or not means.is_floating_point():
-        raise TypeError(
-            f"means must be a floating-point tensor, got {checks.kind(means)}. Use unit_means."
-        )
+    means = checks.check_floating("means", means, "Use unit_means.")
     if means.ndim != 2 or 0 in means.shape:
         raise ValueError(
             "means must have shape (num_classes, dim) with at least one of each, "
@@ -454,12 +451,7 @@ def _check_ages(ages: object, labels: object) -> None:
             f"ages must have shape (num_classes,), got {tuple(ages.shape)}. "
             "Keep one age for each class."
         )
-    labels = check_labels(labels)
-    if labels.device != ages.device:
-        raise ValueError(
-            f"labels must be on the device of the ages, {ages.device}, got {labels.device}. "
-            f"Use labels.to({str(ages.device)!r})."
-        )
+    checks.check_device("labels", check_labels(labels), "ages", ages.device)
 
 
 def _check_heatmap(features: object, centroids: object, class_index: object, group: object) -> None:
@@ -475,11 +467,7 @@ def _check_heatmap(features: object, centroids: object, class_index: object, gro
             f"features must have shape (batch, dim, *spatial) with dim={dim}, the width of "
             f"the centroids, got {tuple(features.shape)}. {remedy}"
         )
-    if features.device != centroids.device:
-        raise ValueError(
-            f"features must be on the device of the centroids, {centroids.device}, "
-            f"got {features.device}. Use features.to({str(centroids.device)!r})."
-        )
+    checks.check_device("features", features, "centroids", centroids.device)
     _check_index("class_index", class_index, num_classes)
     if group is not None:
         _check_index("group", group, groups)

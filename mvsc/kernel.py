@@ -62,11 +62,7 @@ def _check_cells(features: object, cells: object, num_cells: int) -> None:
             f"cells must have the shape (batch, *spatial) of the features, {expected}, "
             f"got {tuple(cells.shape)}. Bring them to the feature grid first."
         )
-    if cells.device != features.device:
-        raise ValueError(
-            f"cells must be on the device of the features, {features.device}, "
-            f"got {cells.device}. Use cells.to({str(features.device)!r})."
-        )
+    checks.check_device("cells", cells, "features", features.device)
     # Only where it costs no transfer: on a device a bad cell is the kernel's own error.
     if cells.device.type == "cpu" and cells.numel() and not torch.compiler.is_compiling():
         low, high = (int(value) for value in cells.long().aminmax())

@@ -12,6 +12,7 @@ from torch import Tensor
 from mvsc.checks import (
     axis_names,
     check_dense,
+    check_device,
     describe,
     describe_sizes,
     grid_of_ratio,
@@ -71,11 +72,8 @@ def check_labels(
         raise ValueError(
             f"labels must have at least one place in each axis, got {tuple(labels.shape)}."
         )
-    if features is not None and labels.device != features.device:
-        raise ValueError(
-            f"labels must be on the device of the features, {features.device}, "
-            f"got {labels.device}. Use labels.to({str(features.device)!r})."
-        )
+    if features is not None:
+        check_device("labels", labels, "features", features.device)
     return labels
 
 

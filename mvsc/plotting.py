@@ -230,11 +230,7 @@ def _check_labels(labels: object, shape: tuple[int, ...]) -> None:
 
 def _check_cosines(cosines: object) -> None:
     """Raise unless ``cosines`` is one floating heat map."""
-    if not isinstance(cosines, Tensor) or not cosines.is_floating_point():
-        raise TypeError(
-            f"cosines must be a floating-point tensor, got {checks.kind(cosines)}. "
-            "Use centroid_heatmap."
-        )
+    cosines = checks.check_floating("cosines", cosines, "Use centroid_heatmap.")
     if cosines.ndim != 2:
         raise ValueError(
             f"cosines must have shape (height, width), got {tuple(cosines.shape)}. "
