@@ -581,14 +581,18 @@ class MVSCRegularizer(nn.Module):
 
         A replay that drew another split would silently give wrong gradients.
         """
+        watched = learns and torch.is_grad_enabled()  # Else nobody means to step.
         if not self.training:
+            if watched and not torch.compiler.is_compiling():
+                self._watch.notice_evaluation()
             return
         if torch.compiler.is_compiling():
             # Whether a backward replays is known when the graph runs, not when it is traced.
             _count_step(self.step)
         elif not is_replaying():
             self.step += 1
-            if learns and torch.is_grad_enabled():  # Else nobody means to step.
+            self._watch.evaluations = 0
+            if watched:
                 self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
             if self._stepper is not None:
                 self._stepper.begin(self.centroids)

@@ -70,7 +70,7 @@ class Watch:
         self.checks_left = _STEPS_CHECKED_ON_DEVICE
         self.lost_checks_left = _STEPS_CHECKED_FOR_LOST
         self.masks_left = _MASKS
-        self.lost_in_a_row = 0
+        self.lost_in_a_row, self.evaluations = 0, 0
         self.said: set[str] = set()
         self.idle_steps, self.version_seen = 0, 0
         self.values_seen: Tensor | None = None
@@ -171,6 +171,17 @@ class Watch:
                     "ignored. For masks of 0 and 255 pass labels // 255. If 255 marks unlabelled "
                     "pixels, all is well.",
                 )
+
+    def notice_evaluation(self) -> None:
+        """Warn if losses with gradients are taken in evaluation mode, one after the other."""
+        self.evaluations += 1
+        if self.evaluations == _IDLE_STEPS:
+            self.say(
+                "evaluation",
+                f"the regularizer was in evaluation mode in {_IDLE_STEPS} losses in a row, so all "
+                "of them had the same split of the pixels. Call reg.train() where model.train() is "
+                "called. (If this is a validation, use torch.no_grad().)",
+            )
 
     def notice_idle_centroids(self, centroids: Tensor, own: bool = False) -> None:
         """Warn if no optimizer moves the centroids, though they have a part in the loss."""

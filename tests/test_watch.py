@@ -605,6 +605,25 @@ def test_centroids_that_are_not_to_learn_are_no_idle_ones(switched):
         reg(torch.randn(1, DIM, 4, 4), torch.randint(0, CLASSES, (1, 4, 4)), classifier)
 
 
+def test_training_with_a_regularizer_in_evaluation_mode_says_so_once():
+    features, labels = torch.randn(1, DIM, 4, 4), torch.randint(0, CLASSES, (1, 4, 4))
+    head, reg = nn.Conv2d(DIM, CLASSES, 1), MVSCRegularizer(CLASSES, DIM)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):  # A line search asks for several losses of each step.
+            reg.train()(features, labels, head)
+            for _ in range(33):
+                reg.eval()(features, labels, head)
+        with torch.no_grad():
+            for _ in range(100):
+                reg(features, labels, head)
+        for _ in range(66):
+            reg(features, labels, head)
+    with pytest.warns(UserWarning, match=r"100 losses in a row.*Call reg\.train\(\)"):
+        reg(features, labels, head)
+    assert reg.step == 4
+
+
 def test_a_long_validation_without_gradients_is_no_idle_optimizer():
     reg = MVSCRegularizer(CLASSES, DIM, 2)
     batch = torch.randn(1, DIM, 4, 4), torch.randint(0, CLASSES, (1, 4, 4))
