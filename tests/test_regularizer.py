@@ -710,3 +710,12 @@ def test_importing_mvsc_loads_torch_and_einops_and_nothing_else():
     assert imported() == "['mvsc']"
     # The check can fail:
     assert imported("import iniconfig") == "['iniconfig', 'mvsc']"
+
+
+def test_what_is_printed_of_a_regularizer_builds_it_again():
+    settings = {"grid_label": "commonest", "sync": False, "sync_means": True, "optimizer": "own"}
+    shown = repr(MVSCRegularizer(5, 6, 2, seed=3, align_to="group", **settings))
+    again = eval(shown, {"MVSCRegularizer": MVSCRegularizer})
+    assert repr(again) == shown
+    for name, value in settings.items():
+        assert f"{name}={value!r}" in shown
