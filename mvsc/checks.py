@@ -29,8 +29,8 @@ def check_int(name: str, value: object) -> int:
 
 def check_number(name: str, value: Any) -> float:
     """Raise unless ``value`` is a finite number; return it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        # A tensor would be a device's to read, and NumPy's are the compiler's to change.
+    if type(value) not in (int, float):
+        # A tensor would be a device's to read; the compiler branches on neither it nor NumPy's.
         single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
         remedy = f" Use float({name})." if single and not isinstance(value, bool) else ""
         raise TypeError(f"{name} must be a number, got {describe(value)}.{remedy}")

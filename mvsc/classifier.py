@@ -49,9 +49,10 @@ TRANSPOSED = (
 )
 
 _FAILED = (
-    "classifier must give logits for centroids of shape {shape}, each a map of one place, and "
-    "raised: {error} Pass a callable that takes them alone, and flattens them where it reads rows: "
-    "lambda v: F.linear(v.flatten(1), weight)."
+    "classifier must give logits for centroids of shape {shape}, each a map of one place, in "
+    "{dtype}, and raised {error!r}. Pass the model's own layer; or a callable that takes them "
+    "alone, casts them, and flattens them where it reads rows: "
+    "lambda v: F.linear(v.flatten(1).to(weight.dtype), weight)."
 )
 
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -247,7 +248,8 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
         whole = isinstance(classifier, nn.Module) and not isinstance(error, TypeError)
         if whole or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(_FAILED.format(shape=tuple(inputs.shape), error=error)) from error
+        told = _FAILED.format(shape=tuple(inputs.shape), dtype=inputs.dtype, error=error)
+        raise ValueError(told) from error
     return _centre(logits, len(vectors), num_classes, regions)
 
 

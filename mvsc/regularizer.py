@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -39,6 +39,12 @@ _SIZES = ("num_classes", "dim", "groups")
 
 _OPTIMIZER = "optimizer."
 """What the names of the state of an optimizer of their own begin with."""
+
+_NO_MOMENTS = (
+    'the state that was loaded has centroids and no moments, so optimizer="own" begins anew. All '
+    'is well if it is one of optimizer="host". Where torch\'s set_model_state_dict broadcasts a '
+    "state, which leaves moments out, use reg.load_state_dict on each process."
+)
 
 
 class CellMeans(NamedTuple):
@@ -462,10 +468,25 @@ class MVSCRegularizer(nn.Module):
         channels_last: bool | None,
         wanted: Collection[str],
     ) -> MVSCTerms:
-        """Walk from features to terms; one that is not wanted stays a constant 0."""
+        """Check, count the step, and compute the terms; a call that is refused is no step."""
         features, labels, axes = self._check(features, labels, classifier, grid, channels_last)
         self._advance(learns=bool(wanted))
         ask = partial(classify_vectors, classifier, num_classes=self.num_classes, axes=axes)
+        try:
+            return self._terms(features, labels, ask, wanted)
+        except (TypeError, ValueError):
+            if self.training and not torch.compiler.is_compiling() and not is_replaying():
+                self.step -= 1
+            raise
+
+    def _terms(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        ask: Callable[[Tensor], Tensor],
+        wanted: Collection[str],
+    ) -> MVSCTerms:
+        """Walk from features to terms; one that is not wanted stays a constant 0."""
         # Sums, norms and logits in float32, whatever the model around runs in.
         with _without_autocast(features.device.type):
             centroids = self._centroids(self._dtype(features))
@@ -655,7 +676,8 @@ class MVSCRegularizer(nn.Module):
         names = [name for name in state_dict if name.startswith(mine)]
         moments = {name.removeprefix(mine): state_dict.pop(name) for name in names}
         if self._stepper is not None:
-            self._stepper.state = moments
+            centroids = state_dict.get(f"{prefix}centroids")
+            self._load_moments(moments, mine, centroids, step, missing)
         elif moments:  # torch lists it, unless strict=False
             unexpected.append(f'{mine}*, moments that optimizer="host" has no use for: pass "own"')
         super()._load_from_state_dict(
@@ -663,7 +685,29 @@ class MVSCRegularizer(nn.Module):
         )
         if _is_half(self.centroids):
             self.centroids.data = self.centroids.data.float()
+        if self.invalid_count.is_meta:  # no part of a state that was assigned
+            self.invalid_count = self.step.new_zeros(())
         self._follow()
+
+    def _load_moments(
+        self,
+        moments: dict[str, Tensor],
+        prefix: str,
+        centroids: Tensor | None,
+        step: Tensor | None,
+        missing: list[str],
+    ) -> None:
+        """Take over what an optimizer of their own has kept, unless torch refuses the state."""
+        stepper = cast(Stepper, self._stepper)
+        if centroids is not None and centroids.shape != self.centroids.shape:
+            return
+        if moments.keys() < stepper.state.keys() and moments:
+            missing += [f"{prefix}{name}" for name in stepper.state.keys() - moments.keys()]
+        elif moments or (centroids is not None and step is not None):  # else a part of a state
+            stepper.state = moments
+            begun = step is not None and not step.is_meta and bool(step > 0)
+            if begun and not moments and stepper.make == "own":
+                self._watch.say("moments", _NO_MOMENTS)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -673,7 +717,9 @@ class MVSCRegularizer(nn.Module):
         # A process group cannot be copied; the copy communicates with the same processes.
         memo[id(self.process_group)] = self.process_group
         memo[id(self)] = copied = self.__new__(type(self))
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        # Not __dict__, in which compile() keeps a call that is bound to this one.
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        copied.__setstate__(copy.deepcopy(state, memo))
         return copied
 
 

@@ -74,7 +74,10 @@ def _after_step(host: Optimizer, *_: Any) -> None:
         return  # The step is one of theirs, or of what theirs wraps.
     _here.stepping = True
     try:
-        for owner, stepper in list(_steppers.items()):
+        pairs = list(_steppers.items())
+        # Where several models train in threads, each optimizer is followed in its own.
+        own = [pair for pair in pairs if pair[1].thread == threading.get_ident()]
+        for owner, stepper in own or pairs:
             stepper.step(owner, host)
     finally:
         _here.stepping = False
@@ -108,6 +111,7 @@ class Stepper:
         self.loaded: dict[str, Tensor] = {}
         self.taken: Taken | None = None
         self.waiting, self.silent_steps = False, 0
+        self.thread: int | None = None  # of the last forward
         self.zero: Tensor  # its gradient is what the loss was multiplied by
 
     def follow(self, owner: Owner) -> None:
@@ -143,7 +147,7 @@ class Stepper:
         """
         centroids, group, taken = owner.centroids, host.param_groups[-1], self.taken
         optimizer = self._optimizer_of(centroids)
-        rate = float(group["lr"] or 0.0)
+        rate = float(group.get("lr") or 0.0)
         which = id(group["params"][0]) if group["params"] else id(group)
         if taken is not None and taken.host() is not host:
             taken = None
@@ -178,7 +182,7 @@ class Stepper:
         Raises:
             ValueError: if there is none to follow.
         """
-        rate = group["lr"]
+        rate = group.get("lr")
         if self.make != "own":
             begun = group.get("initial_lr")
             factor = 1.0 if rate is None or begun is None else float(rate) / float(begun or 1.0)
@@ -235,7 +239,7 @@ class Stepper:
 
     def begin(self, centroids: Tensor) -> None:
         """Begin a step; drop a gradient that is not finite, whose step mixed precision skipped."""
-        self.waiting = torch.is_grad_enabled()
+        self.waiting, self.thread = torch.is_grad_enabled(), threading.get_ident()
         grad, weight = centroids.grad, self.zero.grad
         if grad is not None and weight is not None:
             finite = grad.isfinite().all() & weight.isfinite()
@@ -271,10 +275,11 @@ class Stepper:
             if self.make == "own"
             else self.make([centroids])
         )
-        if not isinstance(made, Optimizer) or "lr" not in made.defaults:
+        closed = isinstance(made, torch.optim.LBFGS)  # It steps with a closure alone.
+        if not isinstance(made, Optimizer) or "lr" not in made.defaults or closed:
             raise TypeError(
-                "optimizer must make a torch.optim.Optimizer with a learning rate, got "
-                f"{checks.describe(made)}. {_FOR_EXAMPLE}"
+                "optimizer must make a torch.optim.Optimizer with a learning rate, which steps "
+                f"without a closure, got {checks.describe(made)}. {_FOR_EXAMPLE}"
             )
         kept = set(made.state.get(centroids, {}))
         if self.make == "own":

@@ -47,7 +47,7 @@ def test_the_temperature_is_above_zero():
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature must be finite"):
             MVSCRegularizer(5, 6, temperature=value)
-    for single in (np.float32(0.1), np.int64(1), torch.tensor(0.1)):
+    for single in (np.float32(0.1), np.float64(0.1), np.int64(1), torch.tensor(0.1)):
         with pytest.raises(TypeError, match=r"Use float\(temperature\)"):
             MVSCRegularizer(3, 8, temperature=single)
     with pytest.raises(TypeError, match="temperature must be a number, got str 'warm'"):

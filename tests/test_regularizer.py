@@ -719,3 +719,33 @@ def test_what_is_printed_of_a_regularizer_builds_it_again():
     assert repr(again) == shown
     for name, value in settings.items():
         assert f"{name}={value!r}" in shown
+
+
+def test_a_copy_of_a_compiled_one_trains_itself():
+    step = example()
+    step.reg.compile(backend="eager")
+    copied = copy.deepcopy(step.reg)
+    copied(step.features, step.labels, step.classifier).backward()
+    assert step.reg.centroids.grad is None
+    assert copied.centroids.grad is not None
+    assert (step.reg.step, copied.step) == (0, 1)
+
+
+def test_values_that_are_assigned_bring_all_of_it_off_the_meta_device():
+    with torch.device("meta"):
+        reg = MVSCRegularizer(5, 6)
+    reg.load_state_dict(MVSCRegularizer(5, 6).state_dict(), assign=True)
+    reg.to("cpu")
+    assert reg.invalid_count == 0
+
+
+@pytest.mark.parametrize("answer", [lambda v: v[:, :3], lambda v: "x"])
+def test_a_call_that_its_classifier_s_answer_ends_is_no_step(answer):
+    step = example()
+    with pytest.raises((TypeError, ValueError), match="classifier must"):
+        step.reg(step.features, step.labels, answer)
+    assert step.reg.step == 0
+    step.reg.eval()
+    with pytest.raises((TypeError, ValueError), match="classifier must"):
+        step.reg(step.features, step.labels, answer)
+    assert step.reg.step == 0

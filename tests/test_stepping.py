@@ -5,6 +5,7 @@ import functools
 import io
 import pickle
 import re
+import threading
 import warnings
 from types import MethodType
 
@@ -435,12 +436,32 @@ def test_the_state_of_another_kind_of_optimizer_is_refused():
         own.load_state_dict(state)
 
 
+def test_a_state_that_is_refused_or_in_part_leaves_the_moments_alone():
+    run = Run("own").train(2)
+    before = {name: value.clone() for name, value in run.reg.regularizer.state_dict().items()}
+
+    def load(state, **options):
+        return run.reg.regularizer.load_state_dict(state, **options)
+
+    other = MVSCRegularizer(CLASSES + 2, DIM, optimizer="own").state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for centroids"):
+        load(other)
+    lacking = {name: value for name, value in before.items() if name != "optimizer.exp_avg"}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"optimizer\.exp_avg"'):
+        load(lacking)
+    load({"step": before["step"]}, strict=False)
+    load({"centroids": before["centroids"]}, strict=False)  # as Lightning loads: one by one
+    assert_close(dict(run.reg.regularizer.state_dict()), before, rtol=0, atol=0)
+    assert_same(run.train(2), Run("own").train(4))
+
+
 def test_the_state_is_that_of_other_centroids_and_the_moments():
     own, host = Run("own"), Run("host")
     moments = {f"regularizer.optimizer.{name}" for name in ("step", "exp_avg", "exp_avg_sq")}
     assert own.reg.state_dict().keys() - host.reg.state_dict().keys() == moments
     # Begun in the model's optimizer, gone on with one of their own: only the moments are new.
-    own.reg.load_state_dict(host.train(2).reg.state_dict())
+    with pytest.warns(UserWarning, match=r"no moments.*All is well.*optimizer=\"host\""):
+        own.reg.load_state_dict(host.train(2).reg.state_dict())
     assert_close(own.tensors[0], host.tensors[0], rtol=0, atol=0)
     assert own.reg.state_dict()["regularizer.optimizer.step"] == 0
     with pytest.raises(RuntimeError, match=r'optimizer="host" has no use for: pass "own"'):
@@ -512,6 +533,47 @@ def test_a_regularizer_that_is_gone_is_followed_no_longer():
 # Beside others.
 
 
+def test_models_in_threads_are_each_followed_at_their_own_optimizer_s_rate():
+    rates = (0.1, 0.01, 0.001)
+    runs, twins = (
+        [Run("own", make=functools.partial(torch.optim.AdamW, lr=rate)) for rate in rates]
+        for _ in range(2)
+    )
+    threads = [threading.Thread(target=run.train, args=(20,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for run, twin in zip(runs, twins, strict=True):
+        assert_same(run, twin.train(20))
+
+
+def test_a_step_in_another_thread_than_the_forward_is_followed():
+    run, twin = Run("own"), Run("own").train(1)
+    run.optimizer.zero_grad()
+    run.loss(0).backward()
+    thread = threading.Thread(target=run.optimizer.step)
+    thread.start()
+    thread.join()
+    assert_same(run, twin)
+
+
+def test_an_optimizer_without_a_rate_is_none_of_ours():
+    class Cocob(torch.optim.Optimizer):
+        def __init__(self, tensors):
+            super().__init__(tensors, {"alpha": 100.0})
+
+        def step(self):
+            pass
+
+    run = Run("own")  # lives
+    Cocob([nn.Parameter(torch.zeros(1))]).step()
+    run.optimizer = Cocob(run.model.parameters())
+    run.loss(0).backward()
+    with pytest.raises(ValueError, match="must have a learning rate to follow, got None"):
+        run.optimizer.step()
+
+
 def test_two_regularizers_step_along_their_own_gradients_only():
     alone, pair = Run(SGD, SGD), [Run(SGD, SGD), Run(ADAMW, SGD)]
     for run in [alone, *pair]:
@@ -581,6 +643,7 @@ def test_centroids_with_an_optimizer_of_their_own_are_no_group_for_another():
         (torch.optim.SGD(nn.Linear(1, 1).parameters()), "got SGD"),
         (None, "got None"),
         (lambda tensors: tensors, "got list"),
+        (torch.optim.LBFGS, "without a closure, got LBFGS"),
     ],
 )
 def test_what_makes_no_optimizer_is_refused(optimizer, came):
