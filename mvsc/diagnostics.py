@@ -26,6 +26,9 @@ from mvsc.kernel import segment_sum
 from mvsc.labels import check_label_values, check_labels, default_ignore_index
 from mvsc.sampling import draw_groups, labels_on_grid
 
+_HUGE = 1e15
+"""Numbers whose squares, added up, may have no float32."""
+
 
 @torch.no_grad()
 def group_similarity(centroids: Tensor) -> Tensor:
@@ -95,7 +98,9 @@ def centroid_norms(centroids: Tensor) -> Tensor:
         [[5.0, 0.0]]
     """
     checks.check_centroids("centroids", centroids)
-    return _wide(centroids).square().sum(dim=-1).sqrt()
+    wide = _wide(centroids)
+    size = _size(wide)
+    return (wide / size).square().sum(dim=-1).sqrt() * size[..., 0]
 
 
 @torch.no_grad()
@@ -365,7 +370,15 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    return equations.unit(_wide(vectors))
+    # Where a training diverges, the square of a feature has no float32.
+    vectors = _wide(vectors)
+    return equations.unit(vectors / _size(vectors))
+
+
+def _size(vectors: Tensor) -> Tensor:
+    """Return what to divide each vector by before it is squared: 1, unless it is huge."""
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    return torch.where(largest > _HUGE, largest, 1)
 
 
 def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
@@ -403,6 +416,7 @@ def _check_alignment(means: object, centroids: object, present: object, align_to
             f"{tuple(centroids.shape[1:])}, got {tuple(means.shape[1:])}. "
             "Take them from the map that enters the classifier."
         )
+    checks.check_device("means", means, "centroids", centroids.device)
     if align_to == "group" and len(means) != len(centroids):
         raise ValueError(
             f"means must have the groups of the centroids, {len(centroids)}, with "

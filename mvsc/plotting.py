@@ -6,7 +6,7 @@ pyplot's state is not touched. A figure of four groups is as wide as two columns
 """
 
 import textwrap
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -274,9 +274,15 @@ def _check_one_image(features: object) -> None:
         )
 
 
-def _check_names(names: Sized | None, count: int) -> None:
+def _check_names(names: Sequence[str] | None, count: int) -> None:
     """Raise if there are names but not one for each of ``count`` classes."""
-    if names is not None and len(names) < count:
+    if names is None:
+        return
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"names must be strings, got {checks.describe(names)}. Use [str(name) for name in names]."
+        )
+    if len(names) < count:
         raise ValueError(
             f"names must hold one name for each of the {count} classes, got {len(names)}. "
             "Name the classes in the order of their indices."

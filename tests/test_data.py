@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from PIL import Image
+from PIL import Image, features
 from scipy.io import savemat
 from torch.testing import assert_close
 from torchvision import tv_tensors
@@ -258,6 +258,12 @@ def test_a_number_may_be_part_of_a_name(folder):
         ("name\nsky\nroad", "got the line 'name' first, which looks like a header"),
         ("name,r,g,b\nsky,0,0,0\nroad,1,1,1", "got the line 'name,r,g,b' first, which looks like"),
         ("# classes\nsky\nroad", "got the line '# classes' first"),
+        ("sky\n# wheels\nroad", "got the comment '# wheels'. Remove it"),
+        ("1 tree\n0 sky", "in the order of their indices, 0 first, got .* 1, 0"),
+        ("1 sky\n2 tree", "in the order of their indices, 0 first, got .* 1, 2"),
+        ("sky: 1\ntree: 0", "names with numbers behind them, 'sky: 1'. Sort the lines"),
+        ("id,r,g,b,name\n0,0,0,0,sky\n1,1,0,0,tree", "got the line '0,0,0,0,sky'"),
+        ("0\t0.15\twall\n1\t0.1\tbuilding", "its number and its name, got the line .*wall"),
         ('["sky", "road"]\n', "first, which looks like a header, a comment or JSON"),
         ("crack\n", "at least two class names, got 'crack' alone. Write the background first"),
     ],
@@ -429,6 +435,15 @@ def test_a_png_whose_chunks_are_broken_is_named(folder, chunk, length):
     path.write_bytes(whole[: start - 4] + struct.pack(">I", length) + whole[start:])
     with pytest.raises(ValueError, match=rf"{path} cannot be read: "):
         data.open_split("folder", folder, "train")[0]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow that reads AVIF")
+def test_a_broken_avif_by_whatever_name_is_named(folder):
+    path = next((folder / "images" / "train").iterdir())
+    Image.new("RGB", (56, 40)).save(path, "AVIF")
+    path.write_bytes(path.read_bytes().replace(b"iloc", b"xxxx"))  # Pillow: a RuntimeError
+    with pytest.raises(ValueError, match=rf"{path} cannot be read: Failed to decode"):
+        data.read_image(path)
 
 
 def test_a_decompression_bomb_is_an_error(folder, monkeypatch):

@@ -480,3 +480,29 @@ def test_the_accuracy_is_of_what_eq_2_aligns():
         assert equations.alignment_loss(means, targets, present, 0.01) < 1e-6
         found = diagnostics.alignment_accuracy(means, centroids, present, align_to=align_to)
         assert found.item() == 1
+
+
+@pytest.mark.parametrize("length", [1e20, 3e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_features_have_the_numbers_of_small_ones(length, dtype):
+    centroids = torch.randn(2, 3, 4).to(dtype)
+    features, labels = torch.randn(1, 4, 6, 6).to(dtype), torch.randint(0, 3, (1, 6, 6))
+
+    def numbers(scale):
+        means, present = diagnostics.cell_means(scale * features, labels, 3)
+        return (
+            diagnostics.group_similarity(scale * centroids),
+            diagnostics.centroid_similarity(scale * centroids),
+            diagnostics.centroid_norms(scale * centroids) / scale,
+            diagnostics.compactness(*diagnostics.unit_means(scale * features, labels, 3)),
+            *diagnostics.alignment_cosines(means, scale * centroids, present),
+        )
+
+    for huge, small in zip(numbers(length), numbers(1.0), strict=True):
+        assert_close(huge, small, rtol=1e-2, atol=1e-2)
+
+
+def test_means_and_centroids_on_two_devices_are_refused():
+    means, present = torch.randn(1, 3, 4), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"means must be on the device of the centroids, meta"):
+        diagnostics.alignment_accuracy(means, torch.randn(2, 3, 4, device="meta"), present)

@@ -67,7 +67,7 @@ def test_what_is_written_is_the_model_with_the_shift_in_its_bias(
     assert judge(settings.out, folder)["iou"] == pytest.approx(shifted["iou"], abs=0.05)
     (before, about), (after, kept) = map(weights.load_weights, (trained, settings.out))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert (before.keys(), about) == (after.keys(), kept)
+    assert (before.keys(), about | {"tau": 2.0}) == (after.keys(), kept)
     assert [name.rpartition(".")[2] for name in changed] == ["bias"]
     torch.testing.assert_close(before[changed[0]] - after[changed[0]], 2.0 * shares)
     assert settings.out.with_suffix(".png").stat().st_size > 1000
@@ -165,3 +165,47 @@ def test_a_negative_budget_is_refused(tmp_path):
         main(Settings(tmp_path / "none.safetensors", max_loss=float("nan")))
     with pytest.raises(ValueError, match=r"taus must be finite numbers, got \(nan,\)"):
         main(Settings(tmp_path / "none.safetensors", taus=(float("nan"),)))
+
+
+def test_a_prior_is_not_shifted_twice(trained, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(operating_point, "chosen_at", lambda *_: TAUS.index(2.0))
+    settings = quiet(trained, tmp_path)
+    main(settings)
+    again = quiet(settings.out, tmp_path / "again")
+    with pytest.raises(
+        ValueError, match=r"shifted by tau=2\.0\. Name the weights that it was made"
+    ):
+        main(again)
+    with pytest.raises(ValueError, match=r"shifted by tau=2\.0"):
+        evaluate.main(evaluate.Settings(settings.out, tau=0.5, workers=0, device="cpu"))
+    evaluate.main(evaluate.Settings(settings.out, workers=0, device="cpu"))
+
+
+def test_of_taus_that_are_equal_the_model_as_it_is_is_taken():
+    points = {"mIoU": [5.0, 5.0, 5.0], "aAcc": [9.0, 9.0, 9.0]}
+    assert chosen_at(points, (-1.0, 0.0, 1.0), None) == 1
+
+
+def test_a_half_without_a_label_judges_nothing(trained, folder, tmp_path):
+    curve = operating_point.Curve(torch.zeros(2), torch.device("cpu"), (0.0,))
+    labelled, ignored = torch.zeros(2, 2, dtype=torch.int64), torch.full((2, 2), 255)
+    for label in (labelled, ignored):
+        curve.look(torch.randn(2, 2, 2), label)
+    assert curve.halves() == []
+    curve.look(torch.randn(2, 2, 2), labelled)
+    curve.look(torch.randn(2, 2, 2), labelled)
+    assert len(curve.halves()) == 2
+
+
+@pytest.mark.parametrize("out", ["curve.png", "folder.safetensors"])
+def test_weights_are_written_to_a_file_of_weights_alone(trained, folder, tmp_path, out):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"out must be a file that ends in \.safetensors"):
+        main(replace(quiet(trained, tmp_path), out=tmp_path / out))
+
+
+def test_the_folder_of_what_is_written_is_made(trained, folder, tmp_path):
+    out = tmp_path / "new" / "x.safetensors"
+    main(replace(quiet(trained, tmp_path), out=out))
+    assert out.is_file()
+    assert out.with_suffix(".png").is_file()

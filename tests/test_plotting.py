@@ -196,3 +196,9 @@ def test_a_dollar_in_a_name_begins_no_formula():
         plotting.heatmaps(IMAGES[0], FEATURES, CENTROIDS, [0, 1, 2], names=names),
     ):
         figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2], "abc"])
+def test_names_are_strings(names):
+    with pytest.raises(TypeError, match=r"names must be strings, got .*\[str\(name\)"):
+        plotting.draw_similarity(Figure().subplots(), torch.randn(2, 3, 4), names)

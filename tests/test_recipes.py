@@ -1,6 +1,7 @@
 """Training by recipe: what is written, that it resumes exactly, and that both arms are paired."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -299,6 +300,65 @@ def test_labels_without_a_labelled_pixel_are_named(tmp_path):
         train(tiny(root, tmp_path / "run", steps=1))
 
 
+def test_training_labels_without_a_labelled_pixel_are_told(tmp_path):
+    root = tiny_data.make_folder(tmp_path / "data")
+    for label in (root / "labels" / "train").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(label)), 255)).save(label)
+    with pytest.warns(UserWarning, match="last 2 steps is labelled: all labels are 255"):
+        train(tiny(root, tmp_path / "run", steps=2))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # What was not measured is null, not NaN.
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_saved(folder, tmp_path):
+    calls = []
+
+    def diverging(logits, labels):
+        calls.append(None)
+        return training.cross_entropy(logits, labels) * (math.nan if len(calls) > 2 else 1.0)
+
+    with pytest.raises(ValueError, match=r"loss must be finite, got nan in step 4. Take a smaller"):
+        train(tiny(folder, tmp_path), diverging)
+    state = state_of(tmp_path)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_run_goes_on_with_the_images_that_it_was_begun_with(tmp_path):
+    roots = [tiny_data.make_folder(tmp_path / str(n), train=n) for n in (4, 5)]
+    recipe = tiny(roots[0], tmp_path / "run", steps=2, resume=True)
+    train(recipe)
+    with pytest.raises(ValueError, match="holds a run on other images than those of .*5, by their"):
+        train(replace(recipe, data_root=roots[1]))
+    roots[0].rename(tmp_path / "moved")
+    train(replace(recipe, data_root=tmp_path / "moved"))
+
+
+def test_what_another_version_or_tool_wrote_is_named(folder, tmp_path):
+    recipe = tiny(folder, tmp_path / "run", steps=2, resume=True)
+    train(recipe)
+    tensors, about = weights.load_weights(recipe.out / "last.safetensors")
+    path = tmp_path / "x.safetensors"
+    for changed, text in (
+        ({"classes": about["classes"]}, "holds no recipe or no classes. Name best"),
+        (about | {"recipe": about["recipe"] | {"later": 1}}, "settings of this version, got later"),
+        (about | {"classes": ["a", "b"]}, "must hold the weights of its recipe.* with 2 classes"),
+    ):
+        weights.save_weights(path, tensors, **changed)
+        with pytest.raises(ValueError, match=text):
+            evaluate.load_segmenter(path, torch.device("cpu"))
+    torch.save({"epoch": 3}, recipe.out / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt is no state of train\.py"):
+        train(recipe)
+
+
+def test_sparse_labels_are_diagnosed_as_they_are_trained(folder, tmp_path):
+    sparse = RegularizerOptions(grid_label="commonest")
+    train(tiny(folder, tmp_path, steps=2, reg=sparse, scale_range=(1.0, 1.0)))
+    (line, _) = training.read_metrics(tmp_path / "metrics.jsonl")
+    assert 0 <= line["alignment_accuracy"] <= 1
+
+
 def test_a_run_without_its_state_is_not_begun_anew_over_its_weights(folder, tmp_path):
     recipe = tiny(folder, tmp_path, steps=2, resume=True)
     train(recipe)
@@ -327,7 +387,10 @@ def test_other_classes_are_refused(tmp_path):
     ("changes", "text"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"warmup": -1}, "warmup must not be negative, got -1"),
+        ({"warmup": -1}, "warmup must be finite and not negative, got -1"),
+        ({"head_lr": -1.0}, "head_lr must be finite and not negative, got -1"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and not negative, got nan"),
+        ({"lr": math.inf}, "^lr must be finite"),
         ({"crop": (100, 96)}, r"multiples of 32, got \(100, 96\)"),
         ({"scale": (48, 64)}, "longer and the shorter side"),
         ({"scale_range": (0.0, 1.0)}, "scale_range must be 0 < low <= high"),

@@ -98,6 +98,8 @@ def scores_of(recipe: Recipe) -> dict[str, Any] | None:
 def main(settings: Settings) -> None:
     if not settings.seeds:
         raise ValueError("seeds must hold at least one integer, got none. Use --seeds 0.")
+    if len(set(settings.seeds)) < len(settings.seeds):
+        raise ValueError(f"seeds must be different, got {settings.seeds}. Name each once.")
     arms = TABLES[settings.table]
     # Seed by seed, so that an unfinished study compares all arms on the same seeds.
     for seed in () if settings.report else settings.seeds:

@@ -69,8 +69,9 @@ class Curve:
         return points_of(self.confusions.sum(dim=0))
 
     def halves(self) -> list[Points]:
-        """Return the scores of each half of the images; of none, if there is but one image."""
-        return [points_of(each) for each in self.confusions] if self.images > 1 else []
+        """Return the scores of each half of the images; none, if a half has no labelled pixel."""
+        judged = all(bool(each[0].any()) for each in self.confusions)
+        return [points_of(each) for each in self.confusions] if judged else []
 
 
 def points_of(confusions: Tensor) -> Points:

@@ -8,6 +8,7 @@
 """
 
 import difflib
+import shlex
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -243,7 +244,7 @@ def open_split(layout: str, root: Path, split: Literal["train", "val"]) -> Segme
     if missing := data.missing_files():
         raise ValueError(
             f"{describe_missing(missing[0], data)} Missing in all: {len(missing)}; "
-            f'"python examples/recipes/prepare_data.py {layout} --data-root {root} --check" lists '
+            f'"{prepare_command(layout, root)} --check" lists '
             "every problem."
         )
     return data
@@ -307,11 +308,17 @@ def indices(count: int) -> Coding:
     )
 
 
+def prepare_command(layout: str, root: Path) -> str:
+    """Return the command that makes or checks a data set, to be typed into a shell."""
+    folder = shlex.quote(str(root))
+    return f"python examples/recipes/prepare_data.py {layout} --data-root {folder}"
+
+
 def remedy(layout: str, root: Path) -> str:
     if not DATA_SETS[layout].archives:
         return "It needs images/train, images/val, labels/train, labels/val and classes.txt."
     return (
-        f'Run "python examples/recipes/prepare_data.py {layout} --data-root {root}", or give the '
+        f'Run "{prepare_command(layout, root)}", or give the '
         "folder that images/ and annotations/ are in."
     )
 
@@ -440,7 +447,7 @@ def missing_classes(data: SegmentationData, pixels: np.ndarray) -> list[str]:
     listed = ", ".join(absent[:10]) + ", ..." * (len(absent) > 10)
     return [
         f"{folder} must show every class, found no pixel of {len(absent)}: {listed}. Leave out "
-        f"what nothing shows. {data.coding.remedy}"
+        f"the last ones, if nothing shows them, and what is no class. {data.coding.remedy}"
     ]
 
 

@@ -49,6 +49,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             OSError,
             SyntaxError,  # so Pillow calls some broken PNG files, and others ValueError
             ValueError,
+            RuntimeError,  # of AVIF, and of what Pillow has not implemented
             Image.DecompressionBombWarning,
             Image.DecompressionBombError,
         ) as error:
@@ -126,6 +127,7 @@ def read_classes(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} is missing. Write one class name a line, class 0 first.")
     lines = [line.strip() for line in text_of(path).splitlines() if line.strip()]
+    check_lines(lines, path)
     classes = without_numbers(lines, path)
     if len(classes) == 1:
         raise ValueError(
@@ -157,6 +159,30 @@ def text_of(path: Path) -> str:
     return text
 
 
+def check_lines(lines: list[str], path: Path) -> None:
+    """Raise if a line holds more than a class, so that a name or its place would be a guess."""
+    header = [each.strip(' "').lower() for each in re.split("[,;\t]", lines[0])] if lines else []
+    named = len(header) > 1 and header[1] in _HEADERS  # the second column, says the header
+    for number, line in enumerate(lines):
+        if number and line.startswith("#"):
+            raise ValueError(
+                f"{path} must hold class names only, got the comment {line!r}. Remove it."
+            )
+        bare = re.sub('"[^"]*"', '""', line)
+        parts = re.fullmatch(r'(?:""|\d+)\s*([,;\t]).*', bare)
+        if not named and parts and parts[1] in bare[parts.end(1) :]:
+            raise ValueError(
+                f"{path} must hold the name of a class alone, or its number and its name, got "
+                f"the line {line!r}. Leave out what is neither."
+            )
+    if lines and all(re.fullmatch(r".*\D\s*[:;,=\t]\s*\d+", line) for line in lines):
+        raise ValueError(
+            f"{path} must list the classes in the order of their indices, 0 first, got names with "
+            f"numbers behind them, {lines[0]!r}. Sort the lines by number, and leave the numbers "
+            "out."
+        )
+
+
 def without_numbers(lines: list[str], path: Path) -> list[str]:
     """Take the numbers off that stand before the names of all classes, and a header above them."""
     numbered = [re.fullmatch(r'"?(\d+)"?(\s*[:;,=]\s*|\s+)"?([^;,\t"]+).*', line) for line in lines]
@@ -173,7 +199,8 @@ def without_numbers(lines: list[str], path: Path) -> list[str]:
     numbers = [int(row[1]) for row in rows]
     if numbers == list(range(len(rows))):
         return [row[3].strip() for row in rows]
-    if all(row[2].isspace() for row in rows):
+    counted = sorted(numbers) in (list(range(len(rows))), list(range(1, 1 + len(rows))))
+    if all(row[2].isspace() for row in rows) and not counted:
         return lines  # such as "2 doors"
     raise ValueError(
         f"{path} must list the classes in the order of their indices, 0 first, got the numbers "

@@ -237,13 +237,22 @@ def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe,
         ValueError: if the file is missing, or is none that train.py wrote.
     """
     tensors, about = load_weights(path)
-    if "recipe" not in about:
-        raise ValueError(f"{path} holds no recipe. Name weights that train.py wrote.")
+    if not {"recipe", "classes"} <= about.keys():
+        raise ValueError(
+            f"{path} holds no recipe or no classes. Name best.safetensors or last.safetensors of a "
+            "run of train.py."
+        )
     recipe, classes = Recipe.from_dict(about["recipe"]), about["classes"]
     segmenter = build(replace(recipe, pretrained=False), len(classes))
     for name in set(tensors) - set(segmenter.model.state_dict()):
         give_bias(segmenter.model, name, tensors[name])
-    segmenter.model.load_state_dict(tensors)
+    try:
+        segmenter.model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} must hold the weights of its recipe, {recipe.model} with {len(classes)} "
+            f"classes. {error}"
+        ) from error
     segmenter.model.to(device).eval()
     return segmenter, recipe, classes
 
@@ -254,6 +263,16 @@ def give_bias(model: nn.Module, name: str, bias: Tensor) -> None:
     layer = dict(model.named_modules()).get(path)
     if kind == "bias" and "bias" in getattr(layer, "_parameters", {}):
         layer.bias = nn.Parameter(bias)
+
+
+def check_unshifted(path: Path) -> None:
+    """Raise if the prior of weights was shifted already: a second shift would add up."""
+    tau = load_weights(path)[1].get("tau", 0.0)
+    if tau:
+        raise ValueError(
+            f"{path} must have the prior of its training, got one that is shifted by tau={tau}. "
+            "Name the weights that it was made from."
+        )
 
 
 def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
@@ -277,6 +296,7 @@ def main(settings: Settings) -> None:
     check_classes(classes, data)
     shift = None
     if settings.tau:
+        check_unshifted(settings.weights)
         shift = settings.tau * log_shares(open_split(recipe.layout, root, "train"))
     result = evaluate(
         segmenter,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from commands import run
 from curve import TAUS, Curve, Points, choose
 from data import open_split
-from evaluate import check_classes, evaluate, load_segmenter, pick_device
+from evaluate import check_classes, check_unshifted, evaluate, load_segmenter, pick_device
 from mvsc.finding import find_classifier
 from prior import log_shares
 from weights import load_weights, save_weights, write_whole
@@ -65,8 +65,14 @@ def main(settings: Settings) -> None:
         raise ValueError(
             f"max_loss must be at least 0 points of pixel accuracy, got {settings.max_loss}."
         )
+    out = settings.out or settings.weights.with_name(f"{settings.weights.stem}.shifted.safetensors")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ValueError(
+            f"out must be a file that ends in .safetensors, got {out}. The picture lies beside it."
+        )
     device = pick_device(settings.device)
     segmenter, recipe, classes = load_segmenter(settings.weights, device)
+    check_unshifted(settings.weights)
     path = find_classifier(segmenter.model)
     check_bias(segmenter.model, path, settings.add_bias)
     recipe = replace(recipe, workers=settings.workers)
@@ -79,8 +85,8 @@ def main(settings: Settings) -> None:
     evaluate(segmenter, data, recipe, device, look=curve.look)
     chosen = chosen_at(curve.points(), curve.taus, settings.max_loss)
     print_curve(curve, chosen, settings.max_loss)
-    out = settings.out or settings.weights.with_name(f"{settings.weights.stem}.shifted.safetensors")
-    write_shifted(settings.weights, out, path, curve.taus[chosen] * shares)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_shifted(settings.weights, out, path, shares, curve.taus[chosen])
     picture = out.with_suffix(".png")
     figure = draw(curve, chosen)
     write_whole(picture, lambda partial: figure.savefig(partial, format="png", dpi=150))
@@ -101,8 +107,8 @@ def chosen_at(points: Points, taus: tuple[float, ...], max_loss: float | None) -
     plain = taus.index(0.0)
     least = -1.0 if max_loss is None else points["aAcc"][plain] - max_loss
     found = choose(points, least)
-    assert found is not None  # 0 itself loses nothing
-    return found
+    gains = found is not None and points["mIoU"][found] > points["mIoU"][plain]
+    return found if found is not None and gains else plain  # of equals, the model as it is
 
 
 def print_curve(curve: Curve, chosen: int, max_loss: float | None) -> None:
@@ -132,13 +138,13 @@ def on_unseen(
     return gain, cost
 
 
-def write_shifted(source: Path, out: Path, path: str, shift: Tensor) -> None:
-    """Write weights whose classifier has ``shift`` taken off its bias; all else stays."""
+def write_shifted(source: Path, out: Path, path: str, shares: Tensor, tau: float) -> None:
+    """Write weights whose classifier has tau times the log shares taken off its bias."""
     tensors, about = load_weights(source)
     weight, name = tensors[f"{path}.weight"], f"{path}.bias"
-    bias = tensors.get(name, weight.new_zeros(len(shift)))
-    tensors[name] = (bias.double() - shift.double()).to(bias.dtype)
-    save_weights(out, tensors, **about)
+    bias = tensors.get(name, weight.new_zeros(len(shares)))
+    tensors[name] = (bias.double() - tau * shares.double()).to(bias.dtype)
+    save_weights(out, tensors, **{**about, "tau": tau})
 
 
 def draw(curve: Curve, chosen: int) -> Figure:

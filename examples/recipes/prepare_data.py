@@ -120,7 +120,13 @@ def prepare(settings: Settings) -> None:
             raise
         print(f"{path} is no longer needed")
     for split in SPLITS:
-        print(f"{split}: {how_many(open_split(layout, root, split), layout, split)}")
+        try:
+            print(f"{split}: {how_many(open_split(layout, root, split), layout, split)}")
+        except ValueError as error:
+            raise ValueError(
+                f"{error} If that ran already, {root} holds a part: move images and labels away, "
+                "and run it again."
+            ) from error
 
 
 def name_of(archive: Archive) -> str:

@@ -5,7 +5,8 @@ MMSegmentation: AdamW at 6e-5 (head: ten times that), 1,500 steps of linear warm
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +122,12 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Read what ``to_dict`` wrote; what is missing has its default."""
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        known = {each.name for each in (*fields(cls), *fields(RegularizerOptions))}
+        if unknown := {*values, *values.get("reg", {})} - known:
+            raise ValueError(
+                f"the recipe must hold settings of this version, got {', '.join(sorted(unknown))}. "
+                "Use the version that wrote it."
+            )
         values["data_root"] = Path(values["data_root"])
         values["out"] = Path(values["out"]) if values.get("out") else None
         return cls(**{**values, "reg": RegularizerOptions(**values.get("reg", {}))})
@@ -140,9 +147,11 @@ def check_recipe(recipe: Recipe) -> None:
     for name in (*counts, "decoder_dim"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(recipe, name)}.")
-    for name in ("warmup", "workers", "weight_decay"):
-        if getattr(recipe, name) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(recipe, name)}.")
+    for name in ("warmup", "workers", "weight_decay", "lr", "head_lr"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ValueError(
+                f"{name} must be finite and not negative, got {getattr(recipe, name)}."
+            )
     if min(recipe.crop) < 32 or any(side % 32 for side in recipe.crop):
         raise ValueError(
             f"crop must be a width and a height that are multiples of 32, got {recipe.crop}. "

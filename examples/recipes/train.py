@@ -16,11 +16,14 @@ was killed ends with the weights of one that was not. Ctrl-C finishes the step a
 Under DeepSpeed the engine's own state lies beside ``last.pt``, a part for each process.
 """
 
+import hashlib
 import json
+import math
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -37,12 +40,13 @@ from tqdm import tqdm
 
 import mvsc
 from commands import run
-from data import IGNORE, left_out, open_split
+from data import IGNORE, SegmentationData, left_out, open_split
 from evaluate import evaluate, print_scores
 from loading import key, reading, training_batches
 from metrics import read_metrics
 from models import AUXILIARY_WEIGHT, build, check_part, logits_of, parameter_groups
 from mvsc import diagnostics
+from mvsc.sampling import commonest_on_grid
 from parallel import (
     Engine,
     described,
@@ -141,7 +145,7 @@ def train(
     model, optimizer = accelerator.prepare(segmenter.model, optimizer)
     engine = make_engine(accelerator, segmenter.model, model, optimizer)
 
-    run = Run(recipe, accelerator, engine, reg, schedule, list(data.classes))
+    run = Run(recipe, accelerator, engine, reg, schedule, data)
     step = run.start()
 
     def judge(step: int) -> None:
@@ -267,9 +271,12 @@ class Run:
         engine: Engine,
         reg: Any,
         schedule: Any,
-        classes: list[str],
+        data: SegmentationData,
     ) -> None:
-        self.recipe, self.accelerator, self.classes = recipe, accelerator, classes
+        self.recipe, self.accelerator, self.classes = recipe, accelerator, list(data.classes)
+        # The order of the images hangs on their names and number.
+        names = "\n".join(image.name for image, _ in data.pairs)
+        self.images = hashlib.sha256(names.encode()).hexdigest()
         self.engine, self.reg, self.schedule = engine, reg, schedule
         parts = {"schedule": schedule, "reg": reg, "scaler": accelerator.scaler}
         self.parts = {name: part for name, part in parts.items() if part is not None}
@@ -280,6 +287,7 @@ class Run:
         self.scores: dict[str, Any] = {}
         self.sums: dict[str, Tensor] = {}
         self.counted, self.logged, self.since = 0, 0, time.perf_counter()
+        self.last_loss: Tensor | None = None
         self.regularizer = getattr(reg, "regularizer", None)
         # At times the features of a forward are kept for diagnostics; always would cost memory.
         self.looking = False
@@ -332,16 +340,26 @@ class Run:
         """Add up what is logged, on the device: nothing waits for it."""
         if self.looking and isinstance(self.regularizer, mvsc.MVSCRegularizer):
             self.seen = {"features": self.reg.features, "labels": labels}
+        self.last_loss = terms["loss"].detach()
+        terms["labelled"] = (labels != IGNORE).float().mean()
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.counted += 1
 
     def log(self, step: int) -> dict[str, float]:
         """Write the means since the last line."""
+        self.check_loss(step)
         line = {
             name: self.accelerator.reduce(total / self.counted, "mean").item()
             for name, total in self.sums.items()
         }
+        if line["labelled"] == 0:
+            warnings.warn(
+                f"no pixel of the images of the last {step - self.logged} steps is labelled: all "
+                f"labels are {IGNORE}. Nothing is learned from them; prepare_data.py --check says "
+                "more.",
+                stacklevel=2,
+            )
         if self.seen:
             line |= {name: value.item() for name, value in self._diagnose(**self.seen).items()}
         self.looking, self.seen = False, {}
@@ -352,10 +370,24 @@ class Run:
         self.since = time.perf_counter()
         return line
 
+    def check_loss(self, step: int) -> None:
+        """Raise if the last loss was not finite: then the weights are not, or will not be."""
+        if self.last_loss is None:
+            return
+        total = self.accelerator.reduce(self.last_loss.float(), "sum").item()
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss must be finite, got {total} in step {step}. Take a smaller --lr or "
+                f"--head-lr; {self.folder} holds what was saved before."
+            )
+
     def _diagnose(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        centroids = self.regularizer.centroids
+        centroids, ignored = self.regularizer.centroids, IGNORE
         classes = len(self.classes)
-        means, present = diagnostics.cell_means(features, labels, classes, ignore_index=IGNORE)
+        if self.regularizer.grid_label == "commonest":
+            labels = commonest_on_grid(labels, features.shape[2:], classes, IGNORE)
+            ignored = classes
+        means, present = diagnostics.cell_means(features, labels, classes, ignore_index=ignored)
         positive, negative = diagnostics.alignment_cosines(means, centroids, present)
         return {
             "group_similarity": diagnostics.group_similarity(centroids),
@@ -381,12 +413,14 @@ class Run:
 
         A run that goes on from a state which is not ``judged`` begins with its validation.
         """
+        self.check_loss(step)
         weights = self.engine.weights()
         self._save_weights("last", step, weights)
         states = self.engine.save(self.folder, step, weights)
         if self.main:
             states |= {name: part.state_dict() for name, part in self.parts.items()}
             about = {"recipe": self.recipe.to_dict(), "classes": self.classes, "judged": judged}
+            about["images"] = self.images
             found = {"best": self.best, "scores": self.scores, "files": self.engine.files}
             save_state(self.state, {"step": step, **about, **found, **states})
             self.engine.tidy(self.folder, step)
@@ -409,11 +443,19 @@ class Run:
 
     def _load(self) -> int:
         state = load_state(self.state)
+        if not {"recipe", "classes", "step"} <= state.keys():
+            raise ValueError(f"{self.state} is no state of train.py. Move it away.")
         check_same(self.recipe, state["recipe"])
         if state["classes"] != self.classes:
             raise ValueError(
                 f"{self.folder} holds a run on the classes {', '.join(state['classes'])}, the data "
                 f"have {', '.join(self.classes)}. Choose another folder with --out."
+            )
+        if state.get("images", self.images) != self.images:
+            raise ValueError(
+                f"{self.folder} holds a run on other images than those of "
+                f"{self.recipe.data_root}, by their names. Give the data that it was trained on, "
+                "or choose another folder with --out."
             )
         if (files := state.get("files", 0)) != self.engine.files:
             raise ValueError(
@@ -437,6 +479,7 @@ class Run:
             save_weights(path, self.reg.state_dict(), step=step)
 
     def _write(self, step: int, line: dict[str, Any], numbers: dict[str, float]) -> None:
+        line = {k: None if v != v else v for k, v in line.items()}  # JSON has no NaN
         if self.main:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **line}) + "\n")

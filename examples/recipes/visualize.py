@@ -24,6 +24,7 @@ from torch import Tensor
 from commands import run
 from data import IGNORE, open_split, read_image
 from evaluate import check_classes, fitted, load_segmenter, logits_at, padded, pick_device
+from metrics import read_metrics
 from models import Segmenter, features_of
 from mvsc import plotting
 from pictures import predictions, training_report
@@ -170,7 +171,7 @@ def draw_run(metrics: Path, centroids: Tensor | None, names: Sequence[str]) -> l
         matrix = plotting.draw_similarity(ax, centroids, names)
         figure.colorbar(matrix, ax=ax, label="cosine", shrink=0.8)
         pictures.append(Picture("centroid_similarity", "Similarity of all centroids", figure))
-    if metrics.exists():
+    if read_metrics(metrics):
         figure = training_report({"": metrics})
         pictures.append(Picture("training", "What the training logged", figure))
     return pictures
