@@ -28,6 +28,9 @@ except ImportError as error:
 WIDTH = 7.0
 """Width of a figure in inches: two columns."""
 
+TALLEST = 4
+"""Of a narrow image, how many times as high as wide a panel is at most."""
+
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -169,7 +172,7 @@ def heatmaps(
     columns: list[int | None] = [None, *range(groups)] if groups > 1 else [None]
     with rc_context(STYLE):
         panel = (WIDTH - 1) / 6  # as for four groups, whatever their number
-        panel_height = panel * image.shape[1] / image.shape[2]
+        panel_height = panel * min(image.shape[1] / image.shape[2], TALLEST)
         height = len(classes) * (panel_height + 0.05) + 0.3
         width = 1 + panel * (1 + len(columns))
         figure = Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
@@ -280,7 +283,8 @@ def _check_names(names: Sequence[str] | None, count: int) -> None:
         return
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"names must be strings, got {checks.describe(names)}. Use [str(name) for name in names]."
+            f"names must be strings, got {checks.describe(names)}. "
+            "Use [str(name) for name in names]."
         )
     if len(names) < count:
         raise ValueError(

@@ -202,3 +202,9 @@ def test_a_dollar_in_a_name_begins_no_formula():
 def test_names_are_strings(names):
     with pytest.raises(TypeError, match=r"names must be strings, got .*\[str\(name\)"):
         plotting.draw_similarity(Figure().subplots(), torch.randn(2, 3, 4), names)
+
+
+def test_a_narrow_image_makes_no_gigantic_figure():
+    image, features = torch.rand(3, 4000, 2), torch.randn(1, 4, 40, 2)
+    figure = plotting.heatmaps(image, features, torch.randn(2, 3, 4), [0])
+    assert figure.get_size_inches()[1] < 5

@@ -885,6 +885,16 @@ def test_predictions_are_masks_of_the_images_size_and_overlays(folder, tmp_path,
     assert "wrote 3 masks" in capsys.readouterr().out
 
 
+def test_an_overlay_that_no_jpeg_holds_is_a_png(folder, tmp_path):
+    train(tiny(folder, tmp_path / "run", steps=1))
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (65_501, 1)).save(path)
+    weights_of = tmp_path / "run" / "best.safetensors"
+    predict.main(predict.Settings(weights_of, (path,), out=tmp_path / "out", device="cpu"))
+    with Image.open(tmp_path / "out" / "wide_overlay.png") as overlay:
+        assert overlay.size == (65_501, 1)
+
+
 def test_a_broken_image_does_not_keep_the_others_from_being_predicted(folder, tmp_path, capsys):
     train(tiny(folder, tmp_path / "run", steps=1))
     (tmp_path / "broken.jpg").write_text("no image")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from decoding import IGNORE
 from metrics import by_name, read_metrics
-from mvsc.plotting import STYLE, WIDTH
+from mvsc.plotting import STYLE, TALLEST, WIDTH
 
 _RIGHT, _WRONG = "#E4E4E4", "#D55E00"
 # Okabe and Ito's colours, which were chosen for colour-blind readers.
@@ -102,8 +102,9 @@ def predictions(
     legend_columns = 7
     with rc_context(STYLE):
         panel = WIDTH / columns
+        tall = min(images.shape[2] / images.shape[3], TALLEST)
         below = 0.1 + 0.17 * math.ceil(len(shown) / legend_columns)
-        height = 0.25 + len(images) * (panel * images.shape[2] / images.shape[3] + 0.17) + below
+        height = 0.25 + len(images) * (panel * tall + 0.17) + below
         # Narrow gaps, and room for the legend below.
         free = below / height
         layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, rect=(0, free, 1, 1 - free))

@@ -22,6 +22,9 @@ from evaluate import check_window, load_segmenter, logits_at, pick_device
 from pictures import class_colors
 from weights import write_whole
 
+_JPEG = 65_500
+"""The longest side of a JPEG."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -101,7 +104,8 @@ def main(settings: Settings) -> None:
         light = (1 - settings.opacity) * image.permute(1, 2, 0).cpu().numpy()
         overlay = Image.fromarray((shades + light).round().astype(np.uint8))
         save(mask, settings.out / f"{path.stem}_mask.png", "PNG")
-        save(overlay, settings.out / f"{path.stem}_overlay.jpg", "JPEG")
+        kind, ending = ("PNG", "png") if max(overlay.size) > _JPEG else ("JPEG", "jpg")
+        save(overlay, settings.out / f"{path.stem}_overlay.{ending}", kind)
     print(f"wrote {len(paths) - len(failed)} masks and overlays to {settings.out}")
     if failed:
         raise ValueError("\n".join(failed))
