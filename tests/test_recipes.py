@@ -582,6 +582,18 @@ def test_a_model_that_the_library_does_not_know_is_named(folder, tmp_path, model
         models.build(tiny(folder, tmp_path, model=model, decoder_dim=32), 3)
 
 
+@pytest.mark.parametrize(
+    ("model", "crop", "size"),
+    [
+        ("smp/PAN/tu-test_resnet", 32, "32 x 32"),
+        ("smp/DPT/tu-vit_tiny_patch16_224", 224, "256 x 288"),
+    ],
+)
+def test_a_model_that_takes_images_of_one_size_is_named(folder, tmp_path, model, crop, size):
+    with pytest.raises(ValueError, match=rf"model must .*, got {model}, which fails at {size}"):
+        train(tiny(folder, tmp_path, model=model, crop=(crop, crop)))
+
+
 @pytest.mark.parametrize("pools", [True, False])
 def test_a_model_that_normalises_pooled_images_needs_two_at_a_time(folder, tmp_path, pools):
     model = f"smp/{'DeepLabV3Plus' if pools else 'FPN'}/tu-test_resnet"

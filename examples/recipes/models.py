@@ -97,6 +97,29 @@ def check_part(model: nn.Module, images: int) -> None:
             )
 
 
+@torch.no_grad()
+def check_sizes(segmenter: Segmenter, name: str, crop: tuple[int, int]) -> None:
+    """Raise if a model of somebody's choice does not take crops, or images of another size.
+
+    Raises:
+        ValueError: if so.
+    """
+    if not name.startswith("smp/"):
+        return
+    training = segmenter.model.training
+    segmenter.model.eval()
+    for width, height in (crop, (crop[0] + 32, crop[1] + 64)):
+        try:
+            segmenter.model(torch.zeros(1, 3, height, width))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"model must take images of any size whose sides are multiples of 32, got {name}, "
+                f"which fails at {width} x {height}: {error} Take another --model, or a larger "
+                "--crop."
+            ) from error
+    segmenter.model.train(training)
+
+
 def features_of(segmenter: Segmenter, images: Tensor) -> Tensor:
     """Run the model, and return the features that enter its classifier: ``(batch, dim, h, w)``."""
     with mvsc.attach(segmenter.model) as reg:

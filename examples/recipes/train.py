@@ -44,7 +44,14 @@ from data import IGNORE, SegmentationData, left_out, open_split
 from evaluate import evaluate, print_scores
 from loading import key, reading, training_batches
 from metrics import read_metrics
-from models import AUXILIARY_WEIGHT, build, check_part, logits_of, parameter_groups
+from models import (
+    AUXILIARY_WEIGHT,
+    build,
+    check_part,
+    check_sizes,
+    logits_of,
+    parameter_groups,
+)
 from mvsc import diagnostics
 from mvsc.sampling import commonest_on_grid
 from parallel import (
@@ -129,6 +136,7 @@ def train(
     segmenter = build(
         replace(recipe, pretrained=recipe.pretrained and not resumed), len(data.classes)
     )
+    check_sizes(segmenter, recipe.model, recipe.crop)
     if recipe.sync_bn and processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(segmenter.model)
     check_part(segmenter.model, recipe.batch_size // (processes * recipe.accumulate))
