@@ -390,11 +390,13 @@ def _version_of(tensor: Tensor) -> int | None:
 
 def _is_same(one: Tensor, version: int | None, other: Tensor) -> bool:
     """Return whether a tensor is one as it was at that version; a backward hook makes a view."""
+    if _version_of(other) != version:
+        return False
     if torch.compiler.is_compiling() or one is other:
-        return one is other and _version_of(other) == version
+        return one is other
     bases = [each if each._base is None else each._base for each in (one, other)]
     places = [(each.storage_offset(), each.shape, each.stride()) for each in (one, other)]
-    return bases[0] is bases[1] and places[0] == places[1] and other._version == version
+    return bases[0] is bases[1] and places[0] == places[1]
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:

@@ -129,7 +129,7 @@ BUGS = [
     ("tap", "        self.working = True  # The call", "        self.working = False  # The call", "the regularizer's own call of the classifier is a forward"),
     ("tap", "features.clone() if module.inplace else features", "features", "what an in-place dropout left is tapped"),
     ("tap", "                return dropped.entered\n", "                pass\n", "features from behind the dropout"),
-    ("tap", "and other._version == version", "and True", "what changed a dropout's output in place is skipped"),
+    ("tap", "    if _version_of(other) != version:", "    if False:", "what changed a dropout's output in place is skipped"),
     ("tap", "for depth in range(len(names)):\n        for part", "for depth in range(len(names) - 1, len(names)):\n        for part", "a dropout beside the classifier alone is watched"),
     ("tap", "        self.dropped = []  # No", "        # No", "the graph of a forward without the classifier is held"),
     ("tap", "            return False  # A backward replays", "            pass  # A backward replays", "the replay of a checkpoint is a forward"),
