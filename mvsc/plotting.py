@@ -26,7 +26,7 @@ except ImportError as error:
     raise ImportError(checks.missing_extra("mvsc.plotting", "matplotlib", "plot")) from error
 
 WIDTH = 7.0
-"""Width of a figure in inches: two columns."""
+"""Width of a figure in inches, that of two columns."""
 
 TALLEST = 4
 """Of a narrow image, how many times as high as wide a panel is at most."""
