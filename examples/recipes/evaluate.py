@@ -230,17 +230,25 @@ def scores(confusion: Tensor) -> dict[str, Any]:
     }
 
 
-def load_segmenter(path: Path, device: torch.device) -> tuple[Segmenter, Recipe, Sequence[str]]:
+def load_segmenter(
+    path: Path, device: torch.device, unshifted: bool = False
+) -> tuple[Segmenter, Recipe, Sequence[str]]:
     """Rebuild a trained segmenter from one file of weights, in evaluation mode.
 
     Raises:
-        ValueError: if the file is missing, or is none that train.py wrote.
+        ValueError: if the file is missing, or is none that train.py wrote; or if its prior has to
+            be ``unshifted``, since a second shift would add up, and is not.
     """
     tensors, about = load_weights(path)
     if not {"recipe", "classes"} <= about.keys():
         raise ValueError(
             f"{path} holds no recipe or no classes. Name best.safetensors or last.safetensors of a "
             "run of train.py."
+        )
+    if unshifted and (tau := about.get("tau")):
+        raise ValueError(
+            f"{path} must have the prior of its training, got one that is shifted by tau={tau}. "
+            "Name the weights that it was made from."
         )
     recipe, classes = Recipe.from_dict(about["recipe"]), about["classes"]
     segmenter = build(replace(recipe, pretrained=False), len(classes))
@@ -265,16 +273,6 @@ def give_bias(model: nn.Module, name: str, bias: Tensor) -> None:
         layer.bias = nn.Parameter(bias)
 
 
-def check_unshifted(path: Path) -> None:
-    """Raise if the prior of weights was shifted already: a second shift would add up."""
-    tau = load_weights(path)[1].get("tau", 0.0)
-    if tau:
-        raise ValueError(
-            f"{path} must have the prior of its training, got one that is shifted by tau={tau}. "
-            "Name the weights that it was made from."
-        )
-
-
 def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
     """Raise unless data have the classes of the weights, in their order."""
     if list(classes) != list(data.classes):
@@ -289,14 +287,15 @@ def main(settings: Settings) -> None:
     check_window(settings.window, settings.stride)
     if not math.isfinite(settings.tau):
         raise ValueError(f"tau must be a finite number, got {settings.tau}.")
-    segmenter, recipe, classes = load_segmenter(settings.weights, device)
+    segmenter, recipe, classes = load_segmenter(
+        settings.weights, device, unshifted=bool(settings.tau)
+    )
     recipe = replace(recipe, workers=settings.workers)
     root = settings.data_root or recipe.data_root
     data = open_split(recipe.layout, root, "val")
     check_classes(classes, data)
     shift = None
     if settings.tau:
-        check_unshifted(settings.weights)
         shift = settings.tau * log_shares(open_split(recipe.layout, root, "train"))
     result = evaluate(
         segmenter,

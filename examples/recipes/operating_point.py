@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from commands import run
 from curve import TAUS, Curve, Points, choose
 from data import open_split
-from evaluate import check_classes, check_unshifted, evaluate, load_segmenter, pick_device
+from evaluate import check_classes, evaluate, load_segmenter, pick_device
 from mvsc.finding import find_classifier
 from prior import log_shares
 from weights import load_weights, save_weights, write_whole
@@ -71,8 +71,7 @@ def main(settings: Settings) -> None:
             f"out must be a file that ends in .safetensors, got {out}. The picture lies beside it."
         )
     device = pick_device(settings.device)
-    segmenter, recipe, classes = load_segmenter(settings.weights, device)
-    check_unshifted(settings.weights)
+    segmenter, recipe, classes = load_segmenter(settings.weights, device, unshifted=True)
     path = find_classifier(segmenter.model)
     check_bias(segmenter.model, path, settings.add_bias)
     recipe = replace(recipe, workers=settings.workers)

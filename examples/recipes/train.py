@@ -381,8 +381,9 @@ class Run:
     def check_loss(self, step: int) -> None:
         """Raise if the last loss was not finite: then the weights are not, or will not be."""
         if self.last_loss is None:
-            return
+            return  # No step was taken since it was looked at.
         total = self.accelerator.reduce(self.last_loss.float(), "sum").item()
+        self.last_loss = None
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss must be finite, got {total} in step {step}. Take a smaller --lr or "
