@@ -10,7 +10,8 @@ Throughout, ``features`` is R, the dense map that enters the classifier, shape
 ``(batch, dim, *spatial)`` with one to three spatial axes; ``labels`` is Y, shape
 ``(batch, *spatial')`` of any size and integer dtype (R15); ``centroids`` is V, shape
 ``(groups, num_classes, dim)``; ``ignore_index`` is the label of pixels that do not count, by
-default 255, or -100 where 255 is a class. A tensor of a wrong dtype is a ``TypeError``, one of a
+default 255, or -100 where 255 is a class; ``grid_label`` is which label a feature pixel takes, as
+in :class:`mvsc.MVSCRegularizer`. A tensor of a wrong dtype is a ``TypeError``, one of a
 wrong shape a ``ValueError``, and so are features and labels on two devices and, on the CPU, a label
 out of range; elsewhere such pixels are ignored.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from mvsc import checks, equations
 from mvsc.kernel import segment_sum
 from mvsc.labels import check_label_values, check_labels, default_ignore_index
-from mvsc.sampling import draw_groups, labels_on_grid
+from mvsc.sampling import commonest_on_grid, draw_groups, labels_on_grid
 
 _HUGE = 1e15
 """Numbers whose squares, added up, may have no float32."""
@@ -111,6 +112,7 @@ def cell_means(
     groups: int = 1,
     *,
     ignore_index: int | None = None,
+    grid_label: Literal["centre", "commonest"] = "centre",
 ) -> tuple[Tensor, Tensor]:
     """Average the features of each cell, for :func:`alignment_accuracy` and its kin.
 
@@ -123,6 +125,7 @@ def cell_means(
         num_classes: C.
         groups: G, into how many cells the pixels of a class are split.
         ignore_index: label of pixels that do not count.
+        grid_label: ``"commonest"`` for points, strokes and other sparse labels.
 
     Returns:
         ``(means, present)``: shape ``(groups, num_classes, dim)``, float32 or float64, 0 in a
@@ -135,7 +138,7 @@ def cell_means(
         ([2.0, 0.0, 5.0], [[True, False, True]])
     """
     checks.check_positive_int("groups", groups)
-    grid = _grid(features, labels, num_classes, ignore_index)
+    grid = _grid(features, labels, num_classes, ignore_index, grid_label)
     cells = draw_groups(grid, groups, num_classes, step=grid.new_zeros(()))
     sums, counts = segment_sum(features, cells, groups * num_classes)
     return equations.class_group_means(sums, counts, groups)
@@ -209,7 +212,12 @@ def alignment_cosines(
 
 @torch.no_grad()
 def unit_means(
-    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int | None = None
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int | None = None,
+    grid_label: Literal["centre", "commonest"] = "centre",
 ) -> tuple[Tensor, Tensor]:
     """Average the features of each class, each scaled to length 1.
 
@@ -221,6 +229,7 @@ def unit_means(
         labels: Y.
         num_classes: C.
         ignore_index: label of pixels that do not count.
+        grid_label: as in :func:`cell_means`.
 
     Returns:
         ``(means, counts)``: shape ``(num_classes, dim)``, of length at most 1, 0 for an absent
@@ -233,7 +242,7 @@ def unit_means(
         (tensor([[0.6000, 0.8000],
                 [0.0000, 1.0000]]), [1, 1])
     """
-    grid = _grid(features, labels, num_classes, ignore_index)
+    grid = _grid(features, labels, num_classes, ignore_index, grid_label)
     unit = _unit(features.movedim(1, -1)).movedim(-1, 1)
     sums, counts = segment_sum(unit, grid, num_classes)
     return equations.divide(sums, counts), counts
@@ -348,14 +357,22 @@ def _alignment_cosines(means: Tensor, centroids: Tensor, present: Tensor, align_
     return _cosines(means, equations.alignment_targets(centroids, align_to))
 
 
-def _grid(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int | None) -> Tensor:
+def _grid(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int | None,
+    grid_label: str,
+) -> Tensor:
     """Bring labels to the grid of a map that they fit; values are read on the CPU only."""
     checks.check_positive_int("num_classes", num_classes)
+    checks.check_choice("grid_label", grid_label, ("centre", "commonest"))
     ignored = _ignored(ignore_index, num_classes)
     check_labels(labels, checks.check_feature_map(features), num_classes=num_classes)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_values(labels, num_classes, ignored)
-    return labels_on_grid(labels, features.shape[2:], num_classes, ignored)
+    on_grid = commonest_on_grid if grid_label == "commonest" else labels_on_grid
+    return on_grid(labels, features.shape[2:], num_classes, ignored)
 
 
 def _ignored(ignore_index: int | None, num_classes: int) -> int:

@@ -227,6 +227,20 @@ def test_nan_in_a_measured_cell_stays_visible_and_elsewhere_does_not_matter():
     assert torch.stack(diagnostics.alignment_cosines(means, centroids, present)).isnan().all()
 
 
+def test_strokes_that_miss_the_centres_are_measured_as_they_are_trained():
+    step = example()
+    strokes = torch.full_like(step.labels, IGNORE)
+    strokes[:, ::4, ::4] = step.labels[:, ::4, ::4]  # One label of each pixel's 4 x 4, at a corner.
+    at_corners = strokes[:, ::4, ::4]
+    options = {"num_classes": 5, "grid_label": "commonest"}
+    for measured in (diagnostics.cell_means, diagnostics.unit_means):
+        found = measured(step.features, strokes, **options)
+        assert_close(found, measured(step.features, at_corners, 5))
+        assert not measured(step.features, strokes, 5)[1].any()
+    with pytest.raises(ValueError, match="grid_label must be 'centre' or 'commonest', got 'mode'"):
+        diagnostics.cell_means(step.features, strokes, 5, grid_label="mode")
+
+
 def test_what_lies_under_an_ignored_label_does_not_matter():
     step = example()
     means = measure(step, 2)

@@ -53,7 +53,6 @@ from models import (
     parameter_groups,
 )
 from mvsc import diagnostics
-from mvsc.sampling import commonest_on_grid
 from parallel import (
     Engine,
     described,
@@ -391,12 +390,10 @@ class Run:
             )
 
     def _diagnose(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        centroids, ignored = self.regularizer.centroids, IGNORE
-        classes = len(self.classes)
-        if self.regularizer.grid_label == "commonest":
-            labels = commonest_on_grid(labels, features.shape[2:], classes, IGNORE)
-            ignored = classes
-        means, present = diagnostics.cell_means(features, labels, classes, ignore_index=ignored)
+        centroids, grid_label = self.regularizer.centroids, self.regularizer.grid_label
+        means, present = diagnostics.cell_means(
+            features, labels, len(self.classes), ignore_index=IGNORE, grid_label=grid_label
+        )
         positive, negative = diagnostics.alignment_cosines(means, centroids, present)
         return {
             "group_similarity": diagnostics.group_similarity(centroids),
