@@ -608,7 +608,7 @@ def test_a_model_that_normalises_pooled_images_needs_two_at_a_time(folder, tmp_p
 
 def test_a_device_that_is_not_there_is_named():
     assert evaluate.pick_device("cpu") == torch.device("cpu")
-    missing = ["foo", *([] if torch.cuda.is_available() else ["cuda"])]
+    missing = ["foo", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
     for name in missing:
         with pytest.raises(ValueError, match=f"device must be one of this machine, got '{name}'"):
             evaluate.pick_device(name)
@@ -940,10 +940,14 @@ def test_what_cannot_be_predicted_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("mvsc", [True, False])
-def test_a_report_shows_every_picture_and_needs_no_other_file(folder, tmp_path, mvsc):
+def test_a_report_shows_every_picture_and_needs_no_other_file(folder, tmp_path, mvsc, capsys):
     train(tiny(folder, tmp_path / "run", steps=2, mvsc=mvsc))
-    weights_file = tmp_path / "run" / "last.safetensors"
+    # Weights whose prior was shifted have the centroids that they were trained with.
+    weights_file = tmp_path / "run" / "last.shifted.safetensors"
+    (tmp_path / "run" / "last.safetensors").rename(weights_file)
     visualize.main(visualize.Settings(weights_file, count=2, device="cpu"))
+    said = "No heat maps, since .*last.centroids.safetensors is not there"
+    assert bool(re.search(said, capsys.readouterr().out)) != mvsc
     report = tmp_path / "run" / "report"
     stems = sorted(path.stem for path in (folder / "images" / "val").iterdir())
     kinds = ["heatmaps", "prediction"] if mvsc else ["prediction"]
@@ -980,6 +984,17 @@ def test_an_ablation_keeps_its_cells_and_names_the_papers_numbers(folder, tmp_pa
     other = replace(settings, recipe=replace(recipe, lr=0.5), report=True)
     with pytest.raises(ValueError, match=r"other settings: lr was 0.001, is 0.5"):
         ablate.main(other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [("out", Path("x"), "Use --out"), ("seed", 3, "Use --seeds"), ("mvsc", False, "baseline")],
+)
+def test_an_ablation_refuses_what_each_of_its_cells_is_given(folder, tmp_path, name, value, remedy):
+    recipe = replace(tiny(folder, None), **{name: value})
+    with pytest.raises(ValueError, match=rf"recipe.{name} must be left to each .*{remedy}"):
+        ablate.main(ablate.Settings(recipe, out=tmp_path))
+    assert not [*tmp_path.iterdir()]
 
 
 def stop_after(module, cells, settings):

@@ -100,6 +100,7 @@ def main(settings: Settings) -> None:
         raise ValueError("seeds must hold at least one integer, got none. Use --seeds 0.")
     if len(set(settings.seeds)) < len(settings.seeds):
         raise ValueError(f"seeds must be different, got {settings.seeds}. Name each once.")
+    check_own(settings.recipe)
     arms = TABLES[settings.table]
     # Seed by seed, so that an unfinished study compares all arms on the same seeds.
     for seed in () if settings.report else settings.seeds:
@@ -108,6 +109,19 @@ def main(settings: Settings) -> None:
             if scores_of(recipe) is None:
                 train(recipe)
     print(report(settings, arms))
+
+
+def check_own(recipe: Recipe) -> None:
+    """Raise if the recipe has what each cell is given."""
+    instead = {
+        "out": "Use --out for the folder of all cells.",
+        "seed": "Use --seeds.",
+        "mvsc": "The baseline is among the arms.",
+    }
+    for name, remedy in instead.items():
+        value = getattr(recipe, name)
+        if value != getattr(Recipe, name):
+            raise ValueError(f"recipe.{name} must be left to each cell, got {value}. {remedy}")
 
 
 def report(settings: Settings, arms: Sequence[Arm]) -> str:

@@ -62,7 +62,10 @@ def pick_device(name: str) -> torch.device:
     """
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
+            device = torch.empty(0, device=name).device
+            if device.type == "meta":
+                raise RuntimeError("its tensors have no values")
+            return device
         except (RuntimeError, AssertionError) as error:  # the latter without CUDA in torch
             reason = str(error).splitlines()[0]
             raise ValueError(

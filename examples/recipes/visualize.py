@@ -111,8 +111,10 @@ def validation_scenes(recipe: Recipe, names: Sequence[str], count: int) -> list[
 
 def load_centroids(weights: Path) -> Tensor | None:
     """Load the centroids that lie beside the weights; a baseline has none."""
-    path = weights.with_name(f"{weights.stem}.centroids.safetensors")
+    # Those of best.safetensors are those of best.shifted.safetensors, too.
+    path = weights.with_name(f"{weights.name.partition('.')[0]}.centroids.safetensors")
     if not path.exists():
+        print(f"No heat maps, since {path} is not there, as of a run without MVSC.")
         return None
     tensors, _ = load_weights(path)
     return next((value for name, value in tensors.items() if name.endswith("centroids")), None)
