@@ -42,6 +42,9 @@ STYLE: dict[Any, Any] = {
 }
 """Settings of every figure, for ``matplotlib.rc_context``."""
 
+_OVERSHOOT = 0.2
+"""By how much a bicubic resize may leave [0, 1]."""
+
 _COSINE_COLORS = "RdBu_r"  # white is 0; red and blue are told apart by everyone
 
 
@@ -163,6 +166,8 @@ def heatmaps(
     checks.check_centroids("centroids", centroids)
     groups, num_classes, _ = centroids.shape
     _check_names(names, num_classes)
+    if isinstance(classes, int):
+        raise TypeError(f"classes must be a sequence of indices, got {classes}. Use [{classes}].")
     if len(classes) == 0:
         raise ValueError("classes must hold at least one entry, got none.")
     _check_one_image(features)
@@ -256,6 +261,13 @@ def _check_image(image: object) -> None:
             f"image must have shape (3, height, width), got {tuple(image.shape)}. "
             "Index the batch, and use image.permute(2, 0, 1) for channels that come last."
         )
+    if image.is_floating_point() and image.numel():
+        low, high = (value.item() for value in image.aminmax())
+        if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+            raise ValueError(
+                f"image must be in [0, 1] if it is floating, got values from {low:.3g} to "
+                f"{high:.3g}. Undo the normalisation, or divide by 255."
+            )
 
 
 def _check_one_image(features: object) -> None:

@@ -150,6 +150,21 @@ def test_a_missing_matplotlib_is_named_with_the_extra():
             "image must be a uint8 or floating-point tensor, got torch.int64. Undo the norm",
         ),
         (
+            lambda: plotting.draw_heatmap(panel(), torch.rand(4, 4), torch.full((3, 8, 8), 128.0)),
+            ValueError,
+            "image must be in [0, 1] if it is floating, got values from 128 to 128. Undo the norm",
+        ),
+        (
+            lambda: plotting.heatmaps(torch.full((3, 8, 8), -0.5), FEATURES, CENTROIDS, [0]),
+            ValueError,
+            "image must be in [0, 1] if it is floating, got values from -0.5 to -0.5.",
+        ),
+        (
+            lambda: plotting.heatmaps(IMAGES[0], FEATURES, CENTROIDS, 1),
+            TypeError,
+            "classes must be a sequence of indices, got 1. Use [1].",
+        ),
+        (
             lambda: plotting.heatmaps(IMAGES[0], FEATURES, CENTROIDS, []),
             ValueError,
             "classes must hold at least one entry, got none.",
