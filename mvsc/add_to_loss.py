@@ -46,6 +46,12 @@ _PAST_THE_HOOKS = (
     "forward method. Attach to the module that is called."
 )
 
+_COPIED = (
+    "add_to_loss adds nothing to the loss of this {model}, which is a copy of the one that is "
+    "attached. Attach to the copy that is trained; or call mvsc.detach(copy), if it is to be "
+    "trained without MVSC."
+)
+
 
 class AddToLoss:
     """A client of the tap that adds the loss in the forward of a model that gets labels.
@@ -100,7 +106,7 @@ class AddToLoss:
             classifier.register_forward_pre_hook(Hook(self.tap, self._before_classifier)),
             model.register_forward_pre_hook(Hook(self.tap, self._before)),
             model.register_forward_hook(
-                Hook(self.tap, self._after), with_kwargs=True, always_call=True
+                _Adding(self.tap, self._after), with_kwargs=True, always_call=True
             ),
         ]
 
@@ -179,6 +185,31 @@ class AddToLoss:
         self.idle += 1
         if self.idle == _IDLE_FORWARDS:
             warn(f"add_to_loss has had nothing to add in {_IDLE_FORWARDS} forwards: {why}")
+
+
+class _Adding(Hook):
+    """The hook that adds; in a copy of the model, which adds nothing, it says so."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Adding":
+        return _InCopy()
+
+
+class _InCopy(_Adding):
+    def __init__(self) -> None:
+        super().__init__(Tap(), self._notice)
+        self.forwards = 0
+
+    def _notice(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Warn once if the copy is trained; a teacher's forwards have no loss with a gradient."""
+        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+            return
+        others = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hook))
+        if any(hook.tap.classifier is not None for hook in others):
+            return  # The copy is attached by now.
+        self.forwards += _find_loss(output) is not None
+        if self.forwards == _IDLE_FORWARDS:
+            self.forwards += 1
+            warn(_COPIED.format(model=type(module).__name__))
 
 
 def arguments_inside(model: nn.Module) -> Iterator[Mapping[str, Parameter]]:

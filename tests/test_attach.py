@@ -762,6 +762,30 @@ def test_add_to_loss_does_nothing_in_a_copy(images, labels):
     assert_close(copy.deepcopy(model)(images, labels).loss, loss)
 
 
+def test_a_copy_that_is_trained_says_once_that_add_to_loss_adds_nothing_there(images, labels):
+    model = NetWithLoss()
+    attach(model, add_to_loss=True)
+    for trained in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))):
+        with pytest.warns(UserWarning, match=r"NetWithLoss, which is a copy.*detach\(copy") as said:
+            _ = [trained(images, labels) for _ in range(30)]
+        assert len(said) == 1
+
+
+def test_a_teacher_and_a_copy_that_is_attached_or_stripped_say_nothing(images, labels):
+    model = NetWithLoss()
+    attach(model, add_to_loss=True)
+    teacher, other, left = (copy.deepcopy(model) for _ in range(3))
+    reg = attach(other)
+    detach(left)
+    for _ in range(12):
+        with torch.no_grad():
+            teacher(images, labels)
+        teacher(images)  # Without a loss.
+        other(images, labels)
+        reg(labels)
+        left(images, labels)
+
+
 def test_add_to_loss_leaves_a_step_of_another_head_alone_and_says_so_once(images, labels):
     class Tasks(NetWithLoss):
         def __init__(self) -> None:
