@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvsc.regularizer import MVSCRegularizer
-from mvsc.sampling import is_replaying
+from mvsc.running import is_replaying
 from mvsc.tap import NO_FORWARD, Hook, Tap
 from mvsc.watch import warn
 

@@ -14,7 +14,7 @@ from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier
 from mvsc.hosts import HOSTS, speaks_against
 from mvsc.regularizer import MVSCRegularizer
-from mvsc.sampling import is_capturing
+from mvsc.running import is_capturing
 from mvsc.tap import DATA_PARALLEL, Hook, Tap, strip
 from mvsc.watch import warn
 

@@ -23,13 +23,8 @@ from mvsc.classifier import (
 from mvsc.equations import MVSCTerms
 from mvsc.kernel import segment_sum
 from mvsc.labels import check_label_values, check_labels, default_ignore_index, out_of_range
-from mvsc.sampling import (
-    commonest_on_grid,
-    draw_groups,
-    draw_halves,
-    is_replaying,
-    labels_on_grid,
-)
+from mvsc.running import is_replaying
+from mvsc.sampling import commonest_on_grid, draw_groups, draw_halves, labels_on_grid
 from mvsc.stepping import MakeOptimizer, Stepper
 from mvsc.watch import Watch
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvsc.running import is_capturing
+
 _NOT_INDEXED = (torch.uint16, torch.uint32, torch.uint64)
 """What torch 2.6 cannot index on the CPU."""
 
@@ -274,13 +276,3 @@ def _kept(make: Callable[..., Tensor], like: Tensor, *arguments: Any) -> Tensor:
 def _made(make: Callable[..., Tensor], *arguments: Any) -> Tensor:
     with torch.inference_mode(False):  # or autograd could not use it later
         return make(*arguments)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Return whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def is_replaying() -> bool:
-    """Return whether a backward runs: the signal that FSDP2 uses, too."""
-    return torch._C._current_graph_task_id() != -1

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mvsc.classifier import base_of, is_sharded, reads_rows
 from mvsc.hosts import HOSTS
-from mvsc.sampling import is_replaying
+from mvsc.running import is_plain_eager, is_replaying
 from mvsc.watch import Watch
 
 NOT_ATTACHED = (
@@ -287,7 +287,7 @@ class Tap:
             return False
         if getattr(module, "_is_replica", False):
             raise RuntimeError(DATA_PARALLEL)
-        if not torch.compiler.is_compiling() and not _is_plain_eager():
+        if not torch.compiler.is_compiling() and not is_plain_eager():
             return False  # A backward replays the forward, in a checkpoint; or it is traced.
         training = self.classifier.training
         if training and torch.is_grad_enabled():
@@ -327,7 +327,7 @@ class Tap:
     def _before_classifier(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         features = _first(args, kwargs)
         if not self.listens(module):
-            if self.classifier is not None and not self.working and _is_plain_eager():
+            if self.classifier is not None and not self.working and is_plain_eager():
                 self.seen = features.detach() if isinstance(features, Tensor) else None
             return
         if not isinstance(features, Tensor):
@@ -339,13 +339,6 @@ class Tap:
         self.forwards = min(self.forwards + 1, 2)
         self.features = features if self.forwards == 1 else None
         self.version, self.dropped = _version_of(features), []
-
-
-def _is_plain_eager() -> bool:
-    """Return whether tensors are what they seem: not compiled, traced, or replayed in backward."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    return not is_replaying()
 
 
 def _entrance(model: nn.Module, path: str) -> str:

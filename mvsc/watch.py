@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mvsc.checks import describe_sizes
-from mvsc.sampling import is_capturing, labels_on_grid
+from mvsc.running import is_capturing
+from mvsc.sampling import labels_on_grid
 
 _STEPS_CHECKED_ON_DEVICE = 3
 """Steps in which labels on a device are read back and checked in full."""
