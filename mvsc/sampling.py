@@ -6,6 +6,7 @@ weights and the same order of the data; a resumed run draws what it would have d
 draws are equal on every device, eager and compiled.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -85,15 +86,10 @@ def commonest_on_grid(
     batch, spatial = labels.shape[0], tuple(size)
     centres = labels_on_grid(labels, size, num_classes, ignore_index)
     votes = labels_on_grid(labels, labels.shape[1:], num_classes, ignore_index)
-    # The number of the feature pixel of each label pixel, axis by axis.
-    place = torch.arange(batch, device=labels.device).view(-1, *[1] * len(spatial))
-    reached = torch.ones_like(place, dtype=torch.bool)
-    for axis, (source, target) in enumerate(zip(labels.shape[1:], spatial, strict=True), start=1):
-        shape = [-1 if a == axis else 1 for a in range(1 + len(spatial))]
-        own = _holding_centres(source, target, labels.device)
-        place = place * target + own.view(shape)
-        hit = torch.zeros(target, dtype=torch.bool, device=labels.device)
-        reached = reached & hit.index_fill(0, own, True).view(shape)
+    images = torch.arange(batch, device=labels.device).view(-1, *[1] * len(spatial))
+    place = _places(labels.shape[1:], spatial, labels.device) + images * math.prod(spatial)
+    reached = torch.zeros(centres.numel(), dtype=torch.bool, device=labels.device)
+    reached = reached.index_fill(0, place.flatten(), True).view_as(centres)
     # Sorted by (place, label), equal votes are a run; its last vote knows how long it is.
     keys = (place * (num_classes + 1) + votes).flatten().sort().values
     first = torch.searchsorted(keys, keys)
@@ -106,6 +102,36 @@ def commonest_on_grid(
     winner = num_classes - best % (num_classes + 1)
     winner = torch.where(best > num_classes, winner, num_classes).view_as(centres)
     return torch.where(reached, winner, centres)
+
+
+def cells_of_classes(
+    labels: Tensor, size: Sequence[int], num_classes: int, ignore_index: int
+) -> Tensor:
+    """Count the feature pixels in which each class has a label, wherever in them it lies.
+
+    Args:
+        labels: as in :func:`labels_on_grid`.
+        size: as in :func:`labels_on_grid`.
+        num_classes: C.
+        ignore_index: label of unlabelled pixels.
+
+    Returns:
+        int64, shape ``(num_classes + 1,)``; last the feature pixels in which there is any label.
+
+    Example:
+        >>> labels = torch.tensor([[[255, 1, 3, 255], [255, 2, 2, 255]]])
+        >>> cells_of_classes(labels, (1, 2), num_classes=4, ignore_index=255).tolist()
+        [0, 1, 2, 1, 2]
+    """
+    votes = labels_on_grid(labels, labels.shape[1:], num_classes, ignore_index)
+    place = _places(labels.shape[1:], tuple(size), labels.device) * (num_classes + 1)
+    counts = labels.new_zeros(num_classes + 1, dtype=torch.int64)
+    for image in votes:  # One after the other: a large map of many classes is long.
+        there = torch.zeros(math.prod(size), num_classes + 1, dtype=torch.bool, device=votes.device)
+        there.view(-1)[place + image] = True
+        there[:, -1] = there[:, :-1].any(dim=1)
+        counts += there.sum(dim=0)
+    return counts
 
 
 def draw_groups(
@@ -240,6 +266,15 @@ def _centres(sources: tuple[int, ...], targets: tuple[int, ...], device: torch.d
         places = _holding_centres(target, source, device)
         index = (index.unsqueeze(1) * source + places).flatten()
     return index
+
+
+def _places(sources: Sequence[int], targets: Sequence[int], device: torch.device) -> Tensor:
+    """Number, in a flattened feature map, the pixel that holds the centre of each label."""
+    place = torch.zeros([1] * len(sources), dtype=torch.int64, device=device)
+    for axis, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        own = _holding_centres(source, target, device)
+        place = place * target + own.view([-1 if a == axis else 1 for a in range(len(sources))])
+    return place
 
 
 def _holding_centres(places: int, others: int, device: torch.device) -> Tensor:

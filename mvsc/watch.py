@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mvsc.checks import describe_sizes
 from mvsc.running import is_capturing
-from mvsc.sampling import labels_on_grid
+from mvsc.sampling import cells_of_classes, labels_on_grid
 
 _STEPS_CHECKED_ON_DEVICE = 3
 """Steps in which labels on a device are read back and checked in full."""
@@ -24,6 +24,9 @@ _STEPS_CHECKED_FOR_LOST = 10
 
 _LOST_BY_CHANCE = 3
 """Steps in a row in which a small feature map may lose all labels."""
+
+_MANY = 64
+"""Feature pixels with labels, of which some centres would show them if they were no strokes."""
 
 _MASKS = 3
 """Steps that have to look like a mask of 0 and 255."""
@@ -72,6 +75,7 @@ class Watch:
         self.lost_checks_left = _STEPS_CHECKED_FOR_LOST
         self.masks_left = _MASKS
         self.lost_in_a_row, self.evaluations = 0, 0
+        self.cells: tuple[Tensor, Tensor] | None = None
         self.said: set[str] = set()
         self.idle_steps, self.version_seen = 0, 0
         self.values_seen: Tensor | None = None
@@ -132,18 +136,21 @@ class Watch:
     def notice_lost_labels(
         self, labels: Tensor, size: torch.Size, num_classes: int, ignore_index: int
     ) -> None:
-        """Warn if there are labels, and none of them is at the centre of a feature pixel.
+        """Warn if no label, less than half of them or none of a class is at a feature's centre.
 
         Reads values, which have been read anyway to be checked.
         """
-        if self.lost_checks_left == 0:
+        if self.lost_checks_left == 0 or "lost" in self.said:
             return
         labelled = labels.long() != ignore_index
         if not bool(labelled.any()):
             return
         self.lost_checks_left -= 1
-        if bool((labels_on_grid(labels, size, num_classes, ignore_index) < num_classes).any()):
+        grid = labels_on_grid(labels, size, num_classes, ignore_index)
+        if bool((grid < num_classes).any()):
             self.lost_in_a_row = 0
+            there = cells_of_classes(labels, size, num_classes, ignore_index)
+            self._notice_strokes(there.cpu(), grid.cpu(), num_classes)
             return
         self.lost_in_a_row += 1
         if min(size) < _FEW and self.lost_in_a_row < _LOST_BY_CHANCE:
@@ -154,6 +161,28 @@ class Watch:
             f"them is at the centre of one of the {describe_sizes(size)} feature pixels of an "
             'image, so nothing is learned from them. Use grid_label="commonest" for points and '
             "strokes.",
+        )
+
+    def _notice_strokes(self, there: Tensor, grid: Tensor, num_classes: int) -> None:
+        """Warn if the labels of many feature pixels, or all of a class, are beside the centres."""
+        reached = torch.bincount(grid.flatten(), minlength=num_classes + 1)
+        reached[-1] = grid.numel() - reached[-1]
+        if self.cells is not None:
+            there, reached = there + self.cells[0], reached + self.cells[1]
+        self.cells = there, reached
+        beside = torch.where(reached == 0, there, 0)[:-1]
+        few = there[-1] >= _MANY and 2 * reached[-1] < there[-1]
+        if not few and bool((beside < _MANY).all()):
+            return
+        lost = beside.nonzero().flatten().tolist()
+        more = ", ..." * (len(lost) > 10)
+        classes = f", and none of class {', '.join(map(str, lost[:10]))}{more}" if lost else ""
+        self.say(
+            "lost",
+            f"labels lie in {there[-1]} feature pixels so far, and at the centre of {reached[-1]} "
+            f"of them{classes}: nothing is learned from the others. Use "
+            'grid_label="commonest" for points and strokes; where other classes surround them, a '
+            "finer feature map.",
         )
 
     def notice_mask(self, labels: Tensor, num_classes: int) -> None:

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import oracle
 from mvsc import sampling
 from mvsc.sampling import (
+    cells_of_classes,
     commonest_on_grid,
     draw_groups,
     draw_halves,
@@ -95,6 +96,33 @@ def test_the_commonest_label_is_the_one_that_a_plain_loop_counts(
     expected = commonest(labels, target, 4, ignore_index)
     found = commonest_on_grid(labels.to(dtype), target, 4, ignore_index)
     assert_close(found, expected, rtol=0, atol=0)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 7)), min_size=1, max_size=3),
+    ignore_index=st.sampled_from([255, 0, -1]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_feature_pixels_of_a_class_are_those_that_a_plain_loop_counts(
+    sizes, ignore_index, seed
+):
+    source, target = [a for a, _ in sizes], tuple(b for _, b in sizes)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(-1, 5, (2, *source), generator=generator)
+    there = defaultdict(set)
+    for place in itertools.product(*map(range, labels.shape)):
+        label = int(labels[place])
+        if 0 <= label < 4 and label != ignore_index:
+            inside = (
+                int(Fraction(2 * i + 1, 2 * a) * b)
+                for i, a, b in zip(place[1:], source, target, strict=True)
+            )
+            own = (place[0], *inside)
+            there[label].add(own)
+            there["any"].add(own)
+    expected = [len(there[key]) for key in (*range(4), "any")]
+    assert cells_of_classes(labels, target, 4, ignore_index).tolist() == expected
 
 
 def test_the_commonest_label_of_equal_sizes_is_the_label():

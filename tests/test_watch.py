@@ -709,6 +709,42 @@ def test_points_that_miss_every_centre_of_a_small_map_are_noticed_after_unlabell
         reg(features, labels, classifier)
 
 
+def test_strokes_of_which_some_classes_miss_every_centre_are_noticed():
+    labels = torch.full((2, 256, 256), 255)
+    for label in range(CLASSES):  # Of two pixels: rows 30, 56, 82, ... of features of 8 x 8.
+        labels[:, 30 + 26 * label : 32 + 26 * label, 40:200] = label
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    features = torch.randn(2, DIM, 32, 32)
+    assert not reg.cell_means(features, labels).present[:, [0, 1]].any()
+    with pytest.warns(
+        UserWarning, match=r"40 of them, and none of class 0, 1, .*grid_label=\"commonest\""
+    ) as seen:
+        _ = [reg(features, labels, classifier) for _ in range(4)]
+    assert len(seen) == 1
+
+
+def test_a_thin_class_that_others_surround_is_noticed_if_no_centre_shows_it():
+    labels = torch.zeros(2, 256, 256, dtype=torch.long)
+    labels[:, 16::64, :] = 3  # The centres are in rows 4, 12, 20, ...
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    with pytest.warns(UserWarning, match=r"none of class 3: .*a finer feature map"):
+        reg(torch.randn(2, DIM, 32, 32), labels, classifier)
+
+
+def test_points_few_of_which_are_at_a_centre_are_noticed_and_dense_labels_are_not():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    points = torch.full((2, 256, 256), 255)
+    points[:, ::16, ::16] = 1
+    points[:, 4, 4] = 1
+    with pytest.warns(UserWarning, match=r"in 512 feature pixels .* the centre of 2 of them: "):
+        reg(torch.randn(2, DIM, 32, 32), points, classifier)
+    noise = torch.randint(0, CLASSES, (2, 256, 256))  # Several classes in each feature pixel.
+    noise[:, 128:] = 255
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    for _ in range(12):
+        reg(torch.randn(2, DIM, 32, 32), noise, classifier)
+
+
 def test_points_are_looked_at_in_the_first_labelled_batches_only():
     reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
     for labels in [strokes(width=9)] * 10 + [strokes()]:
