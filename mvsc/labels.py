@@ -40,7 +40,7 @@ def check_labels(
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {describe(labels)}. "
-            f"{_of_no_tensor(labels)}"
+            f"{_of_no_tensor(labels, features)}"
         )
     check_dense("labels", labels)
     if features is None:
@@ -61,12 +61,12 @@ def check_labels(
     if not is_integer(labels):
         raise TypeError(
             f"labels must be an integer tensor of class indices, got {labels.dtype}. "
-            f"{_of_values(labels, 'labels')}"
+            f"{_of_values(labels, 'labels', num_classes)}"
         )
     if features is not None and labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"labels must have the batch size of the features, {features.shape[0]}, "
-            f"got {labels.shape[0]}. {_of_batch(labels.shape[0], features.shape[0])}"
+            f"got {labels.shape[0]}. {_of_batch(labels, features)}"
         )
     if 0 in labels.shape[1:]:
         raise ValueError(
@@ -105,11 +105,11 @@ def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> N
 
 def _of_marks(labels: Tensor, bad: list[int], num_classes: int, ignore_index: int) -> str:
     """Say what to do with values out of range that often mark unlabelled pixels."""
-    marks = [mark for mark in (-100, 255) if mark in bad]
+    marks = [mark for mark in (-100, 255, -1) if mark in bad]
     if not marks:
         return ""
     ignored = bool((labels == ignore_index).any())
-    if ignored or len(marks) == 2:  # There is one ignore_index: the marks have to become one.
+    if ignored or len(marks) > 1:  # There is one ignore_index: the marks have to become one.
         kept = ignore_index if ignored else marks.pop(0)
         filled = "".join(f".masked_fill(labels == {mark}, {kept})" for mark in marks)
         pair = " and ".join(map(str, [*marks, kept]))
@@ -122,7 +122,7 @@ def _of_marks(labels: Tensor, bad: list[int], num_classes: int, ignore_index: in
     )
 
 
-def _of_no_tensor(labels: object) -> str:
+def _of_no_tensor(labels: object, features: Tensor | None) -> str:
     """Say how labels that are no tensor become one."""
     maps = labels if isinstance(labels, list | tuple) else ()
     shapes = {each.shape for each in maps if isinstance(each, Tensor)}
@@ -131,6 +131,15 @@ def _of_no_tensor(labels: object) -> str:
             "Pad the maps of several images to one size with ignore_index; of maps of one batch in "
             "several resolutions, as for deep supervision, pass the finest."
         )
+    if (
+        features is not None
+        and shapes
+        and all(len(shape) == features.ndim - 1 and shape[0] == len(features) for shape in shapes)
+    ):
+        return (
+            "Of two label maps of one forward, as in MixUp, take the loss of each: pass features "
+            "and classifier to MVSCRegularizer, once for each map."
+        )
     if shapes:
         return "Use torch.stack(labels) for the maps of several images of one size."
     if isinstance(labels, list | tuple) or hasattr(labels, "__array__"):
@@ -138,8 +147,16 @@ def _of_no_tensor(labels: object) -> str:
     return "Pass the label map of the batch."
 
 
-def _of_batch(count: int, wanted: int) -> str:
+def _of_batch(labels: Tensor, features: Tensor) -> str:
     """Say what to do with the labels of another number of images."""
+    count, wanted = len(labels), len(features)
+    swapped = features.ndim == 3 and features.shape[2] == count
+    if swapped and wanted == labels.shape[1:].numel():
+        return (
+            "If the features are (pixels, batch, dim), as transformers want them, use "
+            "features.transpose(0, 1); in an attached model let the classifier read (batch, "
+            "pixels, dim)."
+        )
     times, rest = divmod(wanted, max(count, 1))
     views = (
         f"; of {times} views of each image labels.repeat_interleave({times}, 0) if they come one "
@@ -159,18 +176,19 @@ def _of_shape(
     if labels.ndim == axes + 2:
         for axis in (1, -1):
             if shape[axis] == 1:
-                return _of_values(labels.squeeze(axis), f"labels.squeeze({axis})")
+                return _of_values(labels.squeeze(axis), f"labels.squeeze({axis})", num_classes)
     if labels.ndim - 1 > axes:
         size = tuple(features.shape[2:])
         for first in range(1, axes + 1):  # A map that was folded as the features were?
             last = first + labels.ndim - 1 - axes
             if tuple(labels.flatten(first, last).shape[1:]) == size:
                 folded = f"labels.flatten({first}, {last})"
-                return _of_values(labels.flatten(first, last), folded)
+                return _of_values(labels.flatten(first, last), folded, num_classes)
         if shape[0] * shape[1] == features.shape[0] and labels.ndim == axes + 2:
-            return _of_values(labels.flatten(0, 1), "labels.flatten(0, 1)")
+            return _of_values(labels.flatten(0, 1), "labels.flatten(0, 1)", num_classes)
         # Not a channel for each class of each place.
-        if axes == 1 and is_integer(labels) and size[0] not in (shape[1], shape[-1]):
+        tokens_of_map = axes == 1 and is_integer(labels) and size[0] not in (shape[1], shape[-1])
+        if tokens_of_map and not _is_one_hot(labels, num_classes):
             return _of_tokens(size[0], shape[1:], tokens)
     if labels.ndim == axes + 2 and not (_may_be_indices(labels) and 3 not in (shape[1], shape[-1])):
         return _of_channels(labels, num_classes)
@@ -179,15 +197,16 @@ def _of_shape(
         grid = grid_of_ratio(shape[1], tuple(features.shape[2:]))
         if grid or shape[0] > 1 or labels.ndim != axes:
             sizes = grid or f"({axis_names(axes)})"
-            return _of_values(labels, f"labels.unflatten(1, {sizes})")
+            return _of_values(labels, f"labels.unflatten(1, {sizes})", num_classes)
     places = (features.shape[0], *features.shape[2:])
     if labels.ndim == 1 and labels.numel() == math.prod(places):
-        return _of_values(labels, f"labels.view{places}")
+        return _of_values(labels, f"labels.view{places}", num_classes)
     # A map of a volume is its labels, or those of one of its slices.
     if labels.ndim == axes and features.shape[0] == 1 and not (axes == 3 and shape[0] == 1):
-        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)")
+        return _of_values(labels.unsqueeze(0), "labels.unsqueeze(0)", num_classes)
     if labels.ndim == axes and shape[0] == features.shape[0]:
-        return _of_values(labels, "labels.unsqueeze(1)")[:-1] + " if all slices have these labels."
+        said = _of_values(labels, "labels.unsqueeze(1)", num_classes)
+        return said[:-1] + " if all slices have these labels."
     if labels.ndim - 1 > axes:
         return (
             "Pass the features unfolded, with the axes of the labels, if they were folded; else "
@@ -213,7 +232,7 @@ def _may_be_indices(labels: Tensor) -> bool:
     return bool((labels > 1).any() and ((labels != 0) & (labels != 255)).any())
 
 
-def _of_values(labels: Tensor, name: str) -> str:
+def _of_values(labels: Tensor, name: str, num_classes: int | None) -> str:
     """Say how labels of the right shape become integers that mean the same."""
     if is_integer(labels):
         return f"Use {name}."
@@ -229,6 +248,11 @@ def _of_values(labels: Tensor, name: str) -> str:
         return (
             f"Use {name}.long(), or ({name} * 255).round().long() if ToTensor has made them: 0 "
             "does not show whether it was divided by 255."
+        )
+    if num_classes != 2 and bool(((labels == 0) | (labels == 1)).all()):
+        return (
+            f"Use {name}.long(); but if ToTensor has made them, 1 stands for 255: then "
+            f"({name} * 255).round().long()."
         )
     if bool((labels == labels.round()).all()):
         return f"Use {name}.long()."
@@ -258,7 +282,7 @@ def _of_channels(labels: Tensor, num_classes: int | None) -> str:
     for axis in (1, -1):
         # A grey picture that was read in colour.
         if labels.shape[axis] == 3 and bool((labels == labels.narrow(axis, 0, 1)).all()):
-            return _of_values(labels.select(axis, 0), f"labels.select({axis}, 0)")
+            return _of_values(labels.select(axis, 0), f"labels.select({axis}, 0)", num_classes)
     axes = [axis for axis in (1, -1) if num_classes in (None, labels.shape[axis])]
     if not axes:
         return (
@@ -274,8 +298,7 @@ def _of_channels(labels: Tensor, num_classes: int | None) -> str:
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "
             "Pass one class index for each pixel."
         )
-    near = 0.05 if labels.is_floating_point() and labels.element_size() == 2 else 1e-3
-    whole = [axis for axis in axes if bool(((values.sum(axis) - 1).abs() < near).all())]
+    whole = [axis for axis in axes if _sums_to_one(values, axis, labels.dtype)]
     name = "labels.long()" if labels.dtype == torch.bool else "labels"
     if len(whole) == 2:
         return (
@@ -285,12 +308,32 @@ def _of_channels(labels: Tensor, num_classes: int | None) -> str:
     if len(whole) == 1:
         word = "soft or one-hot labels" if labels.is_floating_point() else "one-hot labels"
         return f"For {word} use {name}.argmax({whole[0]})."
-    axis = axes[0]
-    marked = (values > 0.5).sum(axis)
-    none, several = int((marked == 0).sum()), int((marked > 1).sum())
+    marked = {axis: (values > 0.5).sum(axis) for axis in axes}
+    single = [axis for axis in axes if not bool((marked[axis] > 1).any())]
+    either = single or axes
+    none, several = ((int(n.sum())) for n in (marked[either[0]] == 0, marked[either[0]] > 1))
+    where = [
+        f"torch.where(marked.sum({axis}) == 1, marked.long().argmax({axis}), ignore_index)"
+        for axis in either
+    ]
+    if len(where) == 2:
+        where = [f"{where[0]} if the classes come second, {where[1]} if they come last,"]
     return (
         f"Read with a channel for each class, {none} pixels have no class and {several} have "
         "several, and MVSC needs one. To leave these pixels out use marked = labels > 0.5 and "
-        f"torch.where(marked.sum({axis}) == 1, marked.long().argmax({axis}), ignore_index) with "
-        "the ignore_index of the regularizer."
+        f"{where[0]} with the ignore_index of the regularizer."
     )
+
+
+def _is_one_hot(labels: Tensor, num_classes: int | None) -> bool:
+    """Return whether integers are a channel for each class, exactly one of them 1."""
+    axes = [axis for axis in (1, -1) if labels.shape[axis] == num_classes]
+    if labels.is_meta or not axes or not bool(((labels == 0) | (labels == 1)).all()):
+        return False
+    return any(_sums_to_one(labels.double(), axis, labels.dtype) for axis in axes)
+
+
+def _sums_to_one(values: Tensor, axis: int, dtype: torch.dtype) -> bool:
+    """Return whether each place has one class, or the chances of all, along an axis."""
+    near = 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return bool(((values.sum(axis) - 1).abs() < near).all())

@@ -152,6 +152,25 @@ def test_one_hot_labels_with_void_pixels_stay_void():
 
 
 @pytest.mark.parametrize("axis", [1, -1])
+def test_void_pixels_of_one_hot_labels_stay_void_on_a_square_as_wide_as_the_classes(axis):
+    y = right(size=(4, 4))
+    y[0, 1:] = torch.tensor([[0, 1, 2, 3], [0, 0, 0, 0], [3, 3, 2, 2]])  # No other reading of it.
+    hot = F.one_hot(y, CLASSES)
+    hot[:, :1] = 0
+    (end,) = follow(hot.movedim(-1, axis), grid=(4, 4))
+    y[:, :1] = 255
+    assert torch.equal(end, y)
+
+
+def test_void_pixels_of_one_hot_labels_that_can_be_read_both_ways_are_asked_about():
+    hot = torch.zeros(1, 4, 4, 4, dtype=torch.int64)
+    hot[0, 0, 0, 0] = hot[0, 2, 1, 3] = 1
+    first, last = follow(hot, grid=(4, 4), batch=1)
+    assert (first[0, 0, 0], first[0, 1, 3], last[0, 0, 0], last[0, 2, 1]) == (0, 2, 0, 3)
+    assert (first != 255).sum() == (last != 255).sum() == 2
+
+
+@pytest.mark.parametrize("axis", [1, -1])
 def test_void_pixels_of_one_hot_labels_stay_void_whichever_axis_the_classes_have(axis):
     y = right()
     hot = F.one_hot(y, CLASSES)
@@ -209,6 +228,44 @@ def test_volumes_too(form):
     forms = FORMS | {"float": lambda y: y.float()}
     y = right(size=(4, 6, 5))
     assert all(torch.equal(end.long(), y) for end in follow(forms[form](y), grid=(4, 6, 5)))
+
+
+def test_labels_of_0_and_255_through_totensor_are_not_silently_classes_0_and_1():
+    y = torch.tensor([0, 255])[torch.randint(0, 2, (2, 8, 8))]
+    classes, unlabelled = follow(y.byte().float() / 255)
+    assert torch.equal(classes, y // 255)  # if 1 is a class
+    assert torch.equal(unlabelled, y)
+
+
+def test_one_hot_labels_of_a_sequence_of_another_size_are_no_map():
+    y = torch.randint(0, CLASSES, (2, 64))
+    reg, features = MVSCRegularizer(CLASSES, DIM, 1), torch.randn(2, DIM, 16)
+    hot = F.one_hot(y, CLASSES)
+    for labels, axis in ((hot.transpose(1, 2), 1), (hot, -1)):
+        with pytest.raises(ValueError, match=rf"one-hot labels use labels.argmax\({axis}\)"):
+            reg(features, labels, nn.Conv1d(DIM, CLASSES, 1))
+
+
+@pytest.mark.parametrize("grid", [None, (14, 14)])
+def test_tokens_that_come_sequence_first_are_to_be_turned(grid):
+    reg, linear = MVSCRegularizer(CLASSES, DIM, 1), nn.Linear(DIM, CLASSES)
+    tokens, labels = torch.randn(196, 2, DIM), torch.randint(0, CLASSES, (2, *(grid or (196,))))
+    with pytest.raises(ValueError, match=r"use features\.transpose\(0, 1\); in an attached"):
+        reg(tokens, labels, linear)
+    assert reg(tokens.transpose(0, 1), labels, linear, grid=grid) > 0
+
+
+def test_two_label_maps_of_one_forward_are_two_losses():
+    with pytest.raises(TypeError, match=r"MixUp, .*pass features and classifier .*once for each"):
+        MVSCRegularizer(CLASSES, DIM)(
+            torch.randn(2, DIM, 8, 8), (right(), right()), nn.Conv2d(DIM, CLASSES, 1)
+        )
+
+
+def test_minus_one_for_unlabelled_pixels_has_its_remedy():
+    y = right()
+    y[:, :2] = -1
+    assert "use attach(model, ignore_index=-1) or MVSCRegularizer(..., ignore_index=-1)." in ask(y)
 
 
 def test_a_mask_is_two_classes():
