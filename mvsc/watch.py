@@ -122,7 +122,24 @@ class Watch:
 
     def notice_sizes(self, features: tuple[int, ...], labels: tuple[int, ...]) -> None:
         """Warn if no stride brings the labels to the features: the model has padded or cropped."""
-        if "sizes" not in self.said and not _have_a_stride(features, labels):
+        if "sizes" in self.said:
+            return
+        if _are_turned(features, labels):
+            self.say(
+                "sizes",
+                f"features of {describe_sizes(features)} and labels of {describe_sizes(labels)} "
+                "have one stride for both axes if height and width of the labels are exchanged. "
+                "If they are, use labels.transpose(1, 2).",
+            )
+        elif len(features) == 1 and not _have_a_stride(features, labels):
+            self.say(
+                "sizes",
+                f"features of {features[0]} places and labels of {labels[0]} have no common "
+                "stride. Points need a label each, in their order. Of tokens cut off class and "
+                "register tokens, features[:, 1:]; in an attached model the classifier has to "
+                "read the others alone. If the model resamples a sequence, all is well.",
+            )
+        elif not _have_a_stride(features, labels):
             ratios = " and ".join(f"{b / a:.3g}" for a, b in zip(features, labels, strict=True))
             self.say(
                 "sizes",
@@ -234,7 +251,7 @@ class Watch:
                 self.say(
                     "idle",
                     f"the centroids have not changed in {_IDLE_STEPS} steps: {why} (If all is "
-                    "right, then gradients are accumulated for longer than that.)",
+                    "right, then their rate was 0, or gradients were accumulated, for so long.)",
                 )
             elif self.always_kept and centroids.grad is not None:
                 self.say("kept", _KEPT)
@@ -284,18 +301,29 @@ def _is_stride(factor: Fraction | None) -> bool:
     return factor is not None and (factor.numerator * factor.denominator).bit_count() == 1
 
 
+def _are_turned(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
+    """Return whether labels of a map have one integer stride, but with their axes exchanged."""
+    if len(features) != 2 or min(features) < _FEW or _factor(features, labels) is not None:
+        return False
+    factor = _factor(features, labels[::-1])
+    return factor is not None and factor.denominator == 1
+
+
 def _have_a_stride(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
     """Return whether sizes can be those of a map and its labels without padding in between.
 
     So if each axis has an integer stride of its own, rounded up or down; or if one stride, of any
-    value, fits all axes to a pixel. Of a few pixels nothing can be said.
+    value, fits all axes to a pixel, of which there are several. Of a few pixels nothing can be
+    said.
     """
     if min(features) < _FEW:
         return True
     pairs = [(min(pair), max(pair)) for pair in zip(features, labels, strict=True)]
     if all(any(n in (m // s, -(-m // s)) for s in (m // n, -(-m // n))) for n, m in pairs):
         return True
-    if any((a < b) != (features[0] < labels[0]) for a, b in zip(features, labels, strict=True)):
+    if len(pairs) == 1 or any(
+        (a < b) != (features[0] < labels[0]) for a, b in zip(features, labels, strict=True)
+    ):
         return False
     lowest = max(m / (n + 1) for n, m in pairs)
     highest = min(m / (n - 1) if n > 1 else float("inf") for n, m in pairs)

@@ -670,6 +670,31 @@ def test_a_mask_of_0_and_255_is_noticed_once_it_came_three_times():
         one(features, signed, classifier)
 
 
+@pytest.mark.parametrize(("places", "labels"), [(256, 1000), (50, 40), (197, 196), (201, 196)])
+def test_points_and_tokens_that_do_not_have_a_label_each_are_noticed(places, labels):
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv1d(DIM, CLASSES, 1)
+    with pytest.warns(UserWarning, match=rf"{places} places and labels of {labels} .*\[:, 1:\]"):
+        reg(torch.randn(2, DIM, places), torch.zeros(2, labels, dtype=torch.long), classifier)
+
+
+@pytest.mark.parametrize(
+    ("size", "labels"), [((256,), (256,)), ((16,), (64,)), ((251,), (1001,)), ((64,), (32,))]
+)
+def test_sequences_of_a_stride_are_quiet(size, labels):
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv1d(DIM, CLASSES, 1)
+    reg(torch.randn(2, DIM, *size), torch.zeros(2, *labels, dtype=torch.long), classifier)
+
+
+def test_labels_whose_height_and_width_are_exchanged_are_noticed():
+    reg, classifier = MVSCRegularizer(CLASSES, DIM, 1), nn.Conv2d(DIM, CLASSES, 1)
+    features = torch.randn(1, DIM, 16, 32)
+    for _ in range(2):
+        reg(features, torch.zeros(1, 64, 128, dtype=torch.long), classifier)
+        reg(features, torch.zeros(1, 32, 128, dtype=torch.long), classifier)  # strides 2 and 4
+    with pytest.warns(UserWarning, match=r"128 x 64 have one stride .*labels\.transpose\(1, 2\)"):
+        reg(features, torch.zeros(1, 128, 64, dtype=torch.long), classifier)
+
+
 # Labels, none of which reaches the grid.
 
 
