@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.running import is_replaying
-from mvsc.tap import NO_FORWARD, Hook, Tap
+from mvsc.tap import NO_FORWARD, REPLACED, Hook, Tap
 from mvsc.watch import warn
 
 _IDLE_FORWARDS = 10
@@ -46,6 +46,12 @@ _PAST_THE_HOOKS = (
     "forward method. Attach to the module that is called."
 )
 
+_SUMS = (
+    "the model divides its loss by num_items_in_batch, the labels of several forwards, and "
+    "add_to_loss adds a mean in each, so the weight of MVSC grows with their number. In a "
+    "transformers Trainer use attach_to_trainer; in a loop of your own attach without add_to_loss, "
+    "and add reg(labels) divided by the number of parts."
+)
 _COPIED = (
     "add_to_loss adds nothing to the loss of this {model}, which is a copy of the one that is "
     "attached. Attach to the copy that is trained; or call mvsc.detach(copy), if it is to be "
@@ -74,7 +80,7 @@ class AddToLoss:
     ) -> None:
         self.tap, self.regularizer, self.scale = tap, regularizer, scale
         self.inside, self.idle = False, 0
-        self.named = 0
+        self.named, self.counted = 0, False
         self.position: int | None = None
 
     def open(self, model: nn.Module) -> None:
@@ -89,7 +95,7 @@ class AddToLoss:
         if "labels" not in own and {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD} & {*kinds}:
             # It hands on what it gets: the method in its place, or the model inside, has the names.
             found = next((each for each in arguments_inside(model) if "labels" in each), own)
-        if "labels" not in found:
+        if "labels" not in found and Parameter.VAR_KEYWORD not in kinds:
             self.tap.close()
             raise ValueError(
                 "add_to_loss needs a model that takes labels and returns a loss, got "
@@ -99,7 +105,7 @@ class AddToLoss:
         # Behind other names than those inside nobody knows what is handed on, and where.
         self.named = sum(kind < Parameter.VAR_POSITIONAL for kind in kinds)
         same = [*own][: self.named] == [*found][: self.named]
-        if same and found["labels"].kind < Parameter.VAR_POSITIONAL:
+        if same and "labels" in found and found["labels"].kind < Parameter.VAR_POSITIONAL:
             self.position = [*found].index("labels")
         classifier = cast(nn.Module, self.tap.classifier)
         self.tap.handles += [
@@ -133,9 +139,13 @@ class AddToLoss:
             self.tap.clear(_UNLABELLED)
             self._notice_unlabelled(type(module).__name__, len(args), output)
         elif self.tap.missing == NO_FORWARD and self.tap.forwards == 0:
+            if self.tap.replaced():
+                raise RuntimeError(REPLACED)
             self.tap.watch.say("no forward", _OTHER_HEAD)
         else:
             self.idle = -1
+            if self.scale is None:
+                self._notice_sums(kwargs.get("num_items_in_batch"), labels)
             output = self._add(type(module).__name__, output, labels)
         return output
 
@@ -159,6 +169,14 @@ class AddToLoss:
         if self.scale is not None:
             loss = self.scale() * loss
         return _add_to(output, key, loss)
+
+    def _notice_sums(self, items: Any, labels: Tensor) -> None:
+        """Warn once if the model's loss is a part of a sum over the labels of several forwards."""
+        if items is None or self.counted or torch.compiler.is_compiling():
+            return
+        self.counted = True
+        if int(items) > int((labels != -100).sum()):  # as a Trainer counts
+            warn(_SUMS)
 
     def _notice_deaf(self, classifier: nn.Module) -> None:
         """Raise in a checkpoint of the whole model; count evaluation mode that trains."""

@@ -15,7 +15,7 @@ from mvsc.finding import ClassifierNotFoundError, find_classifier
 from mvsc.hosts import HOSTS, speaks_against
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.running import is_capturing
-from mvsc.tap import DATA_PARALLEL, Hook, Tap, strip
+from mvsc.tap import DATA_PARALLEL, DISCARDED, Hook, Tap, strip
 from mvsc.watch import warn
 
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach", "detach"]
@@ -207,7 +207,7 @@ class AttachedRegularizer(nn.Module):
 
     def discard(self) -> None:
         """Forget the features of the forwards since the last call: they have no loss here."""
-        self._tap.clear()
+        self._tap.clear(DISCARDED)
 
     def detach(self) -> None:
         """Take every hook off the model; calls raise from here on."""

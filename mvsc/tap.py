@@ -52,11 +52,15 @@ _USED_UP = (
     "features from the model's parts, since reg.features is detached."
 )
 _FAILED = "the last forward failed. Call the model again."
+DISCARDED = (
+    "reg.discard() has forgotten the forwards since the last loss. Call reg(labels) after the "
+    "forward that the labels belong to, and before the next one."
+)
 _TWO_FORWARDS = (
     "The classifier ran more than once since the last loss, so it is open which features belong "
-    "to the labels. Call reg(labels) after each forward and add up, or reg.discard() after a "
-    "forward that has no loss of its own. If the model itself calls it more than once, pass the "
-    "features to MVSCRegularizer."
+    "to the labels. Call reg(labels) after each forward, before the next one, and add up, or "
+    "reg.discard() after a forward that has no loss of its own. If the model itself calls it more "
+    "than once, pass the features to MVSCRegularizer."
 )
 _NO_TENSOR = (
     "the classifier was called with a {kind} in place of a tensor. Pass features and a callable "
@@ -68,7 +72,7 @@ _NO_GRADIENT = (
     "use_reentrant=False. To train the classifier alone, leave reg(labels) out and call "
     "reg.discard() when the rest trains, or pass features and classifier to MVSCRegularizer."
 )
-_REPLACED = (
+REPLACED = (
     "The classifier was replaced since it was attached, or has other sizes. Call detach() and "
     "attach again, with the state_dict() of this regularizer where classes and width stayed, and "
     "its param_group() for the optimizer; if the new one is more than a linear layer, pass "
@@ -164,6 +168,10 @@ class Tap:
         Raises:
             ValueError: if somebody else is attached there.
         """
+        others = {hook.tap for hook in model._forward_hooks.values() if isinstance(hook, Hook)}
+        for other in others:
+            if other.classifier is not None and other.replaced():
+                other.close()  # It would keep a layer alive that is no part of the model any more.
         entrance = _entrance(model, path)
         module = model.get_submodule(entrance)
         for hook in list(module._forward_pre_hooks.values()):
@@ -255,7 +263,7 @@ class Tap:
         if self.classifier is None:
             raise RuntimeError(NOT_ATTACHED)
         if not torch.compiler.is_compiling() and self.replaced():
-            raise RuntimeError(_REPLACED)
+            raise RuntimeError(REPLACED)
         if forwards > 1:
             raise RuntimeError(_TWO_FORWARDS)
         if features is None:

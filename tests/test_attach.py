@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvsc import MVSCRegularizer
 from mvsc.attach import AttachedRegularizer, attach, detach
-from tiny_nets import CLASSES, DIM, Net, NetWithLoss
+from tiny_nets import CLASSES, DIM, Net, NetWithLoss, TwoHeads
 
 
 @pytest.fixture(autouse=True)
@@ -494,6 +494,10 @@ def test_discard_forgets_a_forward(images, labels):
     assert_close(
         reg(labels), MVSCRegularizer(CLASSES, DIM)(model.encoder(images), labels, model.classifier)
     )
+    model(images)
+    reg.discard()
+    with pytest.raises(RuntimeError, match=r"reg\.discard\(\) has forgotten .*before the next"):
+        reg(labels)
 
 
 def test_a_forward_in_evaluation_mode_raises(images, labels):
@@ -1003,6 +1007,81 @@ def test_add_to_loss_works_in_a_compiled_model(images, labels):
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         losses.append(run(images, labels=labels, return_dict=False)[0])
     assert_close(*losses)
+
+
+def decorated(forward):
+    def inner(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return inner  # without functools.wraps, so nothing shows the names
+
+
+class Decorated(NetWithLoss):
+    forward = decorated(NetWithLoss.forward)
+
+
+class ByName(NetWithLoss):
+    def forward(self, **batch):
+        logits = self.classifier(self.encoder(batch["images"]))
+        return SimpleNamespace(loss=F.cross_entropy(logits, batch["labels"]), logits=logits)
+
+
+@pytest.mark.parametrize("kind", [Decorated, ByName])
+def test_add_to_loss_takes_labels_by_name_where_nothing_tells_the_names(images, labels, kind):
+    model = kind.__new__(kind)
+    NetWithLoss.__init__(model)
+    reg = attach(model, classifier="classifier", add_to_loss=True)
+    output = model(images=images, labels=labels)
+    assert output.loss > F.cross_entropy(output.logits, labels) + 0.1
+    assert reg.regularizer.step == 1
+
+
+def test_add_to_loss_refuses_a_classifier_that_was_replaced(images, labels):
+    model = NetWithLoss()
+    reg = attach(model, add_to_loss=True)
+    model.classifier = nn.Conv2d(DIM, CLASSES, 1)
+    with pytest.raises(RuntimeError, match="was replaced since it was attached"):
+        model(images, labels)
+    reg.detach()
+
+
+@pytest.mark.parametrize("add_to_loss", [True, False])
+def test_attaching_to_another_classifier_leaves_nothing_of_the_replaced_one(
+    images, labels, add_to_loss
+):
+    model, kept, hooks = NetWithLoss(), [], []
+    for _ in range(3):
+        model.classifier = nn.Conv2d(DIM, CLASSES, 1)
+        kept.append(weakref.ref(model.classifier))
+        reg = attach(model, add_to_loss=add_to_loss)
+        model(images, labels)  # A warning would be an error.
+        hooks.append(len(model._forward_hooks) + len(model._forward_pre_hooks))
+    gc.collect()
+    assert [each() is None for each in kept] == [True, True, False]
+    assert hooks[0] == hooks[1] == hooks[2]
+    assert reg.regularizer.step == add_to_loss
+
+
+def test_regularizers_of_two_heads_live_side_by_side(images, labels):
+    model = TwoHeads()
+    regs = [attach(model, classifier=name) for name in ("classifier", "boundary")]
+    model(images)
+    assert all(reg(labels) > 0 for reg in regs)
+
+
+def test_add_to_loss_says_once_that_it_adds_means_to_parts_of_a_sum(images, labels):
+    class Sums(NetWithLoss):
+        def forward(self, images, labels=None, num_items_in_batch=None):
+            return super().forward(images, labels)
+
+    for items, said in ((labels.numel(), 0), (4 * labels.numel(), 1)):
+        model = Sums()
+        attach(model, add_to_loss=True)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                model(images, labels, num_items_in_batch=torch.tensor(items))
+        assert sum("use attach_to_trainer" in str(each.message) for each in seen) == said
 
 
 def test_add_to_loss_needs_a_model_that_takes_labels():
