@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mvsc.add_to_loss import AddToLoss
-from mvsc.classifier import tensors_of, widths
-from mvsc.comparing import Verdict, classes_second, compare, sizes_of
+from mvsc.classifier import is_pixel_linear, is_plain, is_sharded, tensors_of, widths
+from mvsc.comparing import Verdict, classes_second, compare, difference, sizes_of
 from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier
 from mvsc.hosts import HOSTS, speaks_against
@@ -21,6 +21,12 @@ from mvsc.watch import warn
 __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach", "detach"]
 
 logger = logging.getLogger("mvsc")
+
+_HOOKED = (
+    "a forward hook on the classifier changes its answer, and L_v asks the layer without hooks, "
+    "which are not to see the centroids. Make it a part of a callable, and pass features and that "
+    "to MVSCRegularizer."
+)
 
 _SIZES_COMPARED = 8
 """Sizes of images at which it is seen whether the model pads."""
@@ -251,7 +257,21 @@ class _FirstForward:
     def _after_classifier(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling() and self.tap.listens(module):
             tensor = isinstance(output, Tensor)
+            if not self.verdicts:
+                self._notice_hook(module, args, output)
             self.answer = classes_second(module, output.detach()) if tensor else None
+
+    def _notice_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Warn if a hook of somebody else has changed the answer of a layer that L_v asks alone."""
+        others = [hook for hook in module._forward_hooks.values() if not isinstance(hook, Hook)]
+        if not others or not args or not is_plain(module) or is_sharded(module):
+            return
+        with torch.no_grad():
+            alone = module.forward(args[0][:1])
+        if not isinstance(output, Tensor) or output.shape[1:] != alone.shape[1:]:
+            return
+        if difference([alone], output[:1].detach()):
+            self.tap.watch.say("hook", _HOOKED)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         answer, self.answer = self.answer, None
@@ -279,7 +299,7 @@ class _FirstForward:
             handle.remove()
         # An auxiliary head, which somebody has named, answers for itself.
         named = speaks_against(self.tap.path)
-        if found is not None and not self.verdicts and not named:
+        if found is not None and (found.certain or not self.verdicts) and not named:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "
                 f"for this loss: {found.reason}"
@@ -310,9 +330,16 @@ def _notice_adapter(model: nn.Module, path: str, layer: nn.Module) -> None:
     """Warn if a module around a frozen classifier trains what it adds to it, as LoRA does."""
     outer = path.rpartition(".")[0]
     around = model.get_submodule(outer)
-    trained = any(parameter.requires_grad for parameter in around.parameters(recurse=False))
-    alone = [part for part in around.children() if [*part.parameters()]] == [layer]
-    if trained and alone and not any(parameter.requires_grad for parameter in layer.parameters()):
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        return
+    parts = [part for part in around.children() if [*part.parameters()] and part is not layer]
+    low_rank = (
+        len(parts) == 2
+        and all(map(is_pixel_linear, parts))
+        and (widths(parts[0])[0], widths(parts[1])[1]) == widths(layer)
+    )
+    trained = any(parameter.requires_grad for parameter in around.parameters())
+    if trained and (low_rank or not parts):
         warn(
             f"the classifier {path!r} is frozen, and {type(around).__name__} around it trains "
             "parameters of its own, as an adapter does. L_v asks the frozen layer alone. Pass the "

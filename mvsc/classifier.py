@@ -147,6 +147,11 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
             "classifier must be the model's last layer, a convolution, a Linear or a callable, "
             f"got {checks.describe(classifier)}. Pass for example model.decode_head.classifier."
         )
+    if isinstance(classifier, nn.Embedding):
+        raise ValueError(
+            "classifier must map features to logits, got an nn.Embedding, which reads indices. "
+            "Pass lambda v: v.flatten(1) @ embedding.weight.T."
+        )
     if not isinstance(classifier, nn.Module):
         return  # Its output is checked when it has been called.
     for layer in classifier.modules():
@@ -215,7 +220,7 @@ def classify_vectors(
         >>> classify_vectors(conv, torch.randn(5, 8), num_classes=3).shape
         torch.Size([5, 3])
     """
-    if _is_plain(classifier):
+    if is_plain(classifier):
         weight, bias = _whole(classifier.weight), _whole(classifier.bias)
         # A wide kernel is summed: the convolution itself would pad the vector with zeros and
         # leave only the centre tap.
@@ -265,7 +270,7 @@ def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:
             dropout.training = True
 
 
-def _is_plain(classifier: object) -> TypeGuard[PixelLinear]:
+def is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     """Return whether a classifier is a linear map whose weights can be used without calling it.
 
     A subclass, or one whose forward was replaced, may do more. A weight that is no parameter is
@@ -370,8 +375,9 @@ def _computing(module: nn.Module) -> dict[int, Any]:
 
 
 def _traces(module: nn.Module) -> dict[str, Any]:
-    """Return the hooks of a module, and what tensors a hook may have computed and left there."""
-    return {k: v for k, v in vars(module).items() if k in _HOOKS or isinstance(v, Tensor)}
+    """Return the hooks of a module, and what a hook or forward may have computed and left there."""
+    kept = Tensor | int | float
+    return {k: v for k, v in vars(module).items() if k in _HOOKS or isinstance(v, kept)}
 
 
 def _as_read(axes: int, wanted: int) -> str:

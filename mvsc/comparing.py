@@ -59,6 +59,9 @@ def difference(answers: list[Tensor], logits: Tensor) -> str:
         return f"gives {tuple(answers[0].shape)}, the logits are {tuple(logits.shape)}"
     if any(_is_resized(a, b) or _padded_by(a, b) is not None for a, b in pairs):
         return ""
+    for a, b in pairs:
+        if (factor := _factor(a, b)) is not None and abs(factor - 1) > _SAME:
+            return f"the model multiplies its output by {factor:.3g}; pass a callable that does so"
     return "its output is not the logits"
 
 
@@ -69,6 +72,8 @@ class Verdict(NamedTuple):
     """The size that the model pads its images to and that of the logits, if it crops these."""
     reason: str = ""
     """Why the answer is not what is returned; '' if, resized, it is."""
+    certain: bool = False
+    """Whether the reason holds whatever an earlier forward has shown."""
 
 
 def compare(answer: Tensor, output: Any) -> Verdict | None:
@@ -93,15 +98,16 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
                     classes = each.shape[1]
                     return Verdict(None, text.format(answer.shape[1], classes, classes))
         return None
-    exact = [_without_softmax(a, b) for a, b in first]
+    exact = [pair for a, b in first for pair in _without_activation(a, b)]
     if any(_is_resized(a, b) for a, b in exact):
         return Verdict(None)
     for a, b in exact:
         if (padded := _padded_by(a, b)) is not None:
             return Verdict((padded, tuple(b.shape[2:])))
     for a, b in first:
-        if (factor := _factor(a, b)) is not None:
-            return Verdict(None, _SCALED.format(factor))
+        factor = _factor(a, b)
+        if factor is not None and not 1 / _MUCH < factor < _MUCH:
+            return Verdict(None, _SCALED.format(factor), certain=True)
     finite = all(bool(each.isfinite().all()) for each in first[0])
     if not finite or any(_alike(a, b) for a, b in first):
         return None
@@ -177,15 +183,18 @@ def sums_to_one(chances: Tensor, axis: int) -> bool:
     return bool(((chances.sum(axis) - 1).abs() < 1e-2).all())
 
 
-def _without_softmax(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _without_activation(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Make logits of probabilities, or of their logarithms, and an answer to compare with these.
 
-    A softmax forgets the mean over the classes; a linear resize keeps it apart.
+    A softmax forgets the mean over the classes; a linear resize keeps it apart. What lies between
+    0 and 1 may be what a sigmoid gives, or logits.
     """
     for logs in (logits.clamp_min(1e-30).log(), logits):
         if answer.shape[1] > 1 and sums_to_one(logs.exp(), 1):
-            return answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True)
-    return answer, logits
+            return [(answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True))]
+    if bool((logits < 0).any() or (logits > 1).any()):
+        return [(answer, logits)]
+    return [(answer, logits), (answer, logits.double().logit(1e-12).to(answer.dtype))]
 
 
 _RESIZES: dict[int, list[dict[str, Any]]] = {
@@ -211,17 +220,13 @@ def _is_resized(answer: Tensor, logits: Tensor, tolerance: float = _SAME) -> boo
 
 
 def _factor(answer: Tensor, logits: Tensor) -> float | None:
-    """Return what a resized answer is multiplied by in the logits; None if by little or not."""
+    """Return what a resized answer is multiplied by in the logits; None if it is not."""
     same = _rounding(answer, logits)
     answer, logits = answer.double(), logits.double()
     for way in _RESIZES[answer.ndim - 2]:
         resized = F.interpolate(answer, logits.shape[2:], **way)
         factor = float((resized * logits).sum() / resized.square().sum().clamp_min(1e-30))
-        if (
-            abs(factor) > _SAME
-            and not 1 / _MUCH < factor < _MUCH
-            and _relative(factor * resized, logits) <= same
-        ):
+        if abs(factor) > _SAME and _relative(factor * resized, logits) <= same:
             return factor
     return None
 

@@ -257,7 +257,7 @@ class MVSCRegularizer(nn.Module):
                 would stall the device.
         """
         weighed = zip(MVSCTerms._fields, self._weights(), strict=True)
-        wanted = [name for name, weight in weighed if weight > 0]
+        wanted = [name for name, weight in weighed if weight != 0]
         return self.total(self._walk(features, labels, classifier, grid, channels_last, wanted))
 
     def terms(

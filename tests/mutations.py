@@ -222,7 +222,7 @@ BUGS = [
     ("comparing", "dict.fromkeys((0, n // 2, n))", "dict.fromkeys((0, n // 2))", "padding at the beginning goes unnoticed"),
     ("comparing", "logs - logs.mean(1, keepdim=True)", "logs", "padding behind a softmax goes unnoticed"),
     ("attach", "if len(self.verdicts) == _SIZES_COMPARED or", "if self.verdicts or", "padding is looked for at the first size alone"),
-    ("watch", "            self.lost_in_a_row = 0\n            return", "            return", "a small map that loses labels now and then is warned of"),
+    ("watch", "            self.lost_in_a_row = 0\n            there", "            there", "a small map that loses labels now and then is warned of"),
     ("finding", "reader = None if path is None else _reader_behind(model, *hosts[0], path)", "reader = None", "a library's head that feeds another is taken"),
     ("finding", "own = not (inside and library) and", "own = not inside and", "a layer behind the head of a subclass is overlooked"),
     ("finding", "and not (trains and frozen)", "", "a frozen teacher is taken"),

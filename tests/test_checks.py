@@ -210,3 +210,12 @@ def test_a_setting_that_is_changed_later_is_checked_too(name, value, message):
     with pytest.raises(ValueError, match=message):
         reg(FEATURES, LABELS, HEAD)
     assert reg.step.item() == 0
+
+
+@pytest.mark.parametrize("name", ["align_weight", "pull_weight", "classify_weight"])
+@pytest.mark.parametrize("value", [None, "0.1"])
+def test_a_weight_that_is_no_number_later_is_named(name, value):
+    reg = MVSCRegularizer(5, 6)
+    setattr(reg, name, value)
+    with pytest.raises(TypeError, match=f"{name} must be a number, got"):
+        reg(FEATURES, LABELS, HEAD)

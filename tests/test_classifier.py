@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
 from mvsc.attach import attach
-from mvsc.classifier import classify_vectors, is_sharded, reads_rows
+from mvsc.classifier import check_classifier, classify_vectors, is_sharded, reads_rows
 
 CLASSES, DIM = 4, 8
 
@@ -175,6 +175,26 @@ def test_hooks_of_any_kind_do_not_see_the_centroids(make):
     assert calls == []
     layer(torch.randn(1, DIM, 2, 2, requires_grad=True)).sum().backward()
     assert len(calls) == 6 * len(hooked)
+
+
+def test_what_a_layer_counts_or_measures_in_attributes_is_not_of_the_centroids():
+    class Measured(nn.Conv2d):
+        calls, largest = 0, 0.0
+
+        def forward(self, features):
+            self.calls += 1
+            self.largest = max(self.largest, features.abs().max().item())
+            return super().forward(features)
+
+    layer = Measured(8, 3, 1)
+    layer(torch.ones(1, 8, 2, 2))
+    classify_vectors(layer, 9 * torch.ones(4, 8), num_classes=3)
+    assert (layer.calls, layer.largest) == (1, 1.0)
+
+
+def test_an_embedding_is_no_classifier_but_its_weight_can_be_one():
+    with pytest.raises(ValueError, match=r"nn\.Embedding, .* v\.flatten\(1\) @ embedding\.weight"):
+        check_classifier(nn.Embedding(3, 8), 8, 3, 2)
 
 
 def test_the_hooks_are_back_after_a_classifier_that_failed():

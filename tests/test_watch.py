@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
-from mvsc.attach import attach
+from mvsc.attach import ClassifierNotFoundError, attach
 from mvsc.sampling import labels_on_grid
 
 # The package has a function of the module's name.
@@ -197,6 +197,7 @@ class Slots:
         lambda z: {"out": [z]},
         lambda z: z.softmax(1),
         lambda z: z.log_softmax(1),
+        torch.sigmoid,
     ],
 )
 def test_a_model_that_pads_is_noticed_whatever_it_returns(after):
@@ -483,6 +484,47 @@ def test_logits_that_are_multiplied_behind_the_classifier_are_noticed():
     step(Scaled(1.0), images, labels)
     with pytest.warns(UserWarning, match="multiplies its output by 20, as heads of cosines do"):
         step(Scaled(20.0), images, labels)
+
+
+def test_a_factor_that_grows_later_is_noticed_at_the_next_size():
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2, 32, 32))
+    model = Scaled(1.0)
+    reg = attach(model, classifier="classifier")
+    model(images)
+    reg(labels)
+    model.scale.data.fill_(20.0)
+    with pytest.warns(UserWarning, match="multiplies its output by 20, as heads of cosines do"):
+        model(images[..., :24])
+
+
+@pytest.mark.parametrize("scale", [20.0, 1.5])
+def test_an_example_says_by_how_much_the_logits_are_multiplied(scale):
+    with pytest.raises(ClassifierNotFoundError, match=rf"multiplies its output by {scale:g}; pass"):
+        attach(Scaled(scale), example=torch.randn(2, 3, 32, 32))
+
+
+def hot(module, args, output):
+    """Divide by a temperature, behind the classifier's back."""
+    return 10 * output
+
+
+def quiet(module, args, output):
+    """Look, as most hooks do."""
+
+
+@pytest.mark.parametrize(("hook", "said"), [(hot, 1), (quiet, 0)])
+def test_a_hook_that_changes_the_answer_of_the_classifier_is_noticed_once(hook, said):
+    images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, CLASSES, (2, 32, 32))
+    model = Scaled(1.0)
+    model.classifier.register_forward_hook(hook)
+    reg = attach(model, classifier="classifier")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(images)
+            reg(labels)
+    assert sum("hook on the classifier changes" in str(each.message) for each in seen) == said
+    assert len(seen) == said
 
 
 def test_an_auxiliary_head_that_is_named_need_not_be_what_the_model_returns():
