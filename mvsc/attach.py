@@ -61,8 +61,9 @@ def attach(
             training loop has to be touched.
         **options: of :class:`MVSCRegularizer`. ``ignore_index``, by default that of the model's
             transformers config or else the regularizer's own, should be that of the model's own
-            loss. ``num_classes`` and ``dim`` are the classifier's; if given, they have to be. One
-            logit is two classes.
+            loss. ``num_classes`` and ``dim`` are the classifier's; if given, they have to be, and
+            of several candidates the only one of so many classes is taken. One logit is two
+            classes.
 
     Returns:
         The regularizer, on the model's device. Its centroids have to be given to the optimizer,
@@ -84,7 +85,7 @@ def attach(
         '2'
     """
     model = _unwrap(model)
-    path = find_classifier(model, classifier, example)
+    path = find_classifier(model, classifier, example, options.get("num_classes"))
     layer = model.get_submodule(path)
     _notice_adapter(model, path, layer)
     options = _options_of_config(model, path) | options

@@ -280,6 +280,8 @@ def _wrong_width(shape: tuple[int, ...], dim: int, channels_last: bool) -> str:
         remedy = "Pass channels_last=False."
     elif not channels_last and shape[-1] == dim:
         remedy = "Pass channels_last=True if the last axis holds the channels."
+    elif not channels_last and len(shape) == 5 and shape[2] == dim:
+        remedy = "Of the frames of videos use features.flatten(0, 1) and labels.flatten(0, 1)."
     elif shape[0] == dim and len(shape) == 3 and not channels_last:
         remedy = "Of one image alone use images.unsqueeze(0) and labels.unsqueeze(0)."
     return f"features must have shape {expected} with dim={dim}, got {shape}. {remedy}"

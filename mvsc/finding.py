@@ -39,7 +39,10 @@ class ClassifierNotFoundError(ValueError):
 
 
 def find_classifier(
-    model: nn.Module, classifier: str | nn.Module | None = None, example: Any = None
+    model: nn.Module,
+    classifier: str | nn.Module | None = None,
+    example: Any = None,
+    num_classes: int | None = None,
 ) -> str:
     """Return the dotted path of the layer that turns a pixel's features into its logits.
 
@@ -50,6 +53,7 @@ def find_classifier(
         model: the segmenter, unwrapped.
         classifier: a convolution or a Linear, or a module that holds just one; or its path.
         example: a batch, as in :func:`mvsc.attach`, that proves or finds the pick.
+        num_classes: C, if it is known: of several candidates the only one of so many classes.
 
     Returns:
         Path of a convolution or a Linear.
@@ -85,10 +89,15 @@ def find_classifier(
         listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
         raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
+    if len(fit) > 1 and num_classes is not None:
+        fit = [path for path in fit if _width_given(model.get_submodule(path)) == num_classes]
     if len(fit) != 1 or _classifies_queries(model, fit[0], refused):
         why = f"one of {len(fit)} that could be it"
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
-    logger.warning("took %r, the only candidate, for the classifier; example= proves it", fit[0])
+    of = "" if num_classes is None else f" of {num_classes} classes"
+    logger.warning(
+        "took %r, the only candidate%s, for the classifier; example= proves it", fit[0], of
+    )
     return _not_lazy(model, fit[0])
 
 

@@ -577,6 +577,7 @@ class MVSCRegularizer(nn.Module):
         if "mixing" not in watch.said and (mixing := what_mixes(classifier)):
             watch.say("mixing", mixing)
         watch.notice_sizes(tuple(features.shape[2:]), tuple(labels.shape[1:]))
+        watch.notice_dtype(labels.dtype, self.num_classes)
         if watch.may_read(labels):
             check_label_values(labels, self.num_classes, self.ignore_index)
             watch.notice_mask(labels, self.num_classes)

@@ -150,6 +150,16 @@ class Watch:
                 "crops. If it resizes its images, all is well.",
             )
 
+    def notice_dtype(self, dtype: torch.dtype, num_classes: int) -> None:
+        """Warn if labels are of a dtype that cannot hold every class: larger ones wrap around."""
+        if torch.iinfo(dtype).max < num_classes - 1:
+            self.say(
+                "dtype",
+                f"labels of {dtype} hold no class above {torch.iinfo(dtype).max}, and there are "
+                f"{num_classes}: larger indices have wrapped around. Keep labels in torch.int16 "
+                "or wider from the file on. (If no label is larger, all is well.)",
+            )
+
     def notice_lost_labels(
         self, labels: Tensor, size: torch.Size, num_classes: int, ignore_index: int
     ) -> None:

@@ -166,6 +166,23 @@ def test_a_label_whose_numbers_may_be_mixed_is_refused(folder, kind):
         data.open_split("folder", folder, "train")[0]
 
 
+def test_a_tiff_with_jpeg_inside_is_refused_whatever_it_is_called(folder):
+    path = label_of(folder)
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    grey.save(path, "TIFF", compression="jpeg")  # named .png
+    with pytest.raises(ValueError, match=rf"{path} must hold .* got TIFF with jpeg inside\. Save"):
+        data.open_split("folder", folder, "train")[0]
+    grey.save(path, "TIFF", compression="tiff_lzw")
+    data.open_split("folder", folder, "train")[0]
+
+
+@pytest.mark.parametrize("names", ["zone 1\nzone 2\nsky", "zone 1\nzone 2\nzone 3"])
+def test_numbers_that_belong_to_names_are_kept(folder, names):
+    (folder / "classes.txt").write_text(names)
+    assert data.list_split("folder", folder, "train").classes == tuple(names.split("\n"))
+
+
 def test_a_label_of_one_bit_has_two_classes(folder):
     path = label_of(folder)
     stripes = np.indices((40, 56))[0] % 3 == 0
@@ -262,6 +279,8 @@ def test_a_number_may_be_part_of_a_name(folder):
         ("1 tree\n0 sky", "in the order of their indices, 0 first, got .* 1, 0"),
         ("1 sky\n2 tree", "in the order of their indices, 0 first, got .* 1, 2"),
         ("sky: 1\ntree: 0", "names with numbers behind them, 'sky: 1'. Sort the lines"),
+        ("road 7\nbuilding 11", "names with numbers behind them, 'road 7'. Sort the lines"),
+        ("0 background\n1 thing\n255 void", "0, 1, 255 .* give unlabelled pixels 255"),
         ("id,r,g,b,name\n0,0,0,0,sky\n1,1,0,0,tree", "got the line '0,0,0,0,sky'"),
         ("0\t0.15\twall\n1\t0.1\tbuilding", "its number and its name, got the line .*wall"),
         ('["sky", "road"]\n', "first, which looks like a header, a comment or JSON"),

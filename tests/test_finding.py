@@ -127,6 +127,18 @@ def test_two_heads_are_listed_with_the_line_to_write():
     assert "mvsc.attach(model, example=images)" in message
 
 
+def test_of_two_heads_the_only_one_of_the_given_number_of_classes_is_taken():
+    model = TwoHeads()
+    model.boundary = nn.Conv2d(DIM, 3, 1)
+    with pytest.raises(ClassifierNotFoundError, match="one of 2 that could be it"):
+        attach(model)
+    for classes, path in ((CLASSES, "classifier"), (3, "boundary")):
+        with attach(model, num_classes=classes) as reg:
+            assert reg.classifier_path == path
+    with pytest.raises(ClassifierNotFoundError, match="one of 0 that could be it"):
+        attach(model, num_classes=7)
+
+
 def test_auxiliary_heads_and_linear_layers_are_listed_but_not_taken(images):
     model = Net()
     model.aux_head = nn.Conv2d(DIM, CLASSES, 1)

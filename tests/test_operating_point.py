@@ -204,6 +204,14 @@ def test_weights_are_written_to_a_file_of_weights_alone(trained, folder, tmp_pat
         main(replace(quiet(trained, tmp_path), out=tmp_path / out))
 
 
+def test_the_weights_themselves_are_not_written_over(trained, folder, tmp_path):
+    settings = quiet(trained, tmp_path)
+    before = settings.weights.read_bytes()
+    with pytest.raises(ValueError, match="out must be another file than the weights, which are"):
+        main(replace(settings, out=settings.weights.parent / "." / settings.weights.name))
+    assert settings.weights.read_bytes() == before
+
+
 def test_the_folder_of_what_is_written_is_made(trained, folder, tmp_path):
     out = tmp_path / "new" / "x.safetensors"
     main(replace(quiet(trained, tmp_path), out=out))

@@ -1064,7 +1064,7 @@ def test_what_is_wrong_with_data_or_disk_is_one_line(folder, tmp_path):
     assert_one_line(run, r"classes\.txt must be text in UTF-8")
     (tmp_path / "file").touch()
     run = run_script("train.py", *train_it, folder, "--out", tmp_path / "file" / "run")
-    assert_one_line(run, r"Not a directory: .*file/run'")
+    assert_one_line(run, r"out must be a folder, got .*file/run, but .*file is a file")
     run = run_script("evaluate.py", broken / "classes.txt")
     assert_one_line(run, r"must be a \.safetensors file that train\.py wrote")
     run = run_script("prepare_data.py", "folder", "--data-root", tmp_path / "none", "--check")

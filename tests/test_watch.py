@@ -737,6 +737,17 @@ def test_labels_whose_height_and_width_are_exchanged_are_noticed():
         reg(features, torch.zeros(1, 128, 64, dtype=torch.long), classifier)
 
 
+@pytest.mark.parametrize(("dtype", "classes", "said"), [("uint8", 300, 1), ("uint8", 256, 0)])
+def test_labels_whose_dtype_cannot_hold_the_classes_are_noticed(dtype, classes, said):
+    reg, classifier = MVSCRegularizer(classes, DIM, 1), nn.Conv2d(DIM, classes, 1)
+    labels = torch.randint(0, 300, (2, 8, 8)).to(getattr(torch, dtype))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            reg(torch.randn(2, DIM, 8, 8), labels, classifier)
+    assert sum("larger indices have wrapped around" in str(each.message) for each in seen) == said
+
+
 # Labels, none of which reaches the grid.
 
 

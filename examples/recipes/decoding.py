@@ -85,8 +85,11 @@ def stored_indices(image: Image.Image, path: Path) -> np.ndarray:
         )
     # JPEG mixes the indices of neighbours; Pillow scales greys of 2 or 4 bits to 0 .. 255.
     few = image.info["stored"] in ("L;2", "L;4")
-    if few or image.format not in LOSSLESS:
+    packed = str(image.info.get("compression", ""))  # of a TIFF
+    lossy = packed in ("jpeg", "webp")
+    if few or lossy or image.format not in LOSSLESS:
         form = image.format + few * f" with pixels stored as {image.info['stored']}"
+        form += lossy * f" with {packed} inside"
         raise ValueError(
             f"{path} must hold class indices as they are, got {form}. Save the labels as PNG with "
             "8 bits a pixel."
@@ -175,7 +178,13 @@ def check_lines(lines: list[str], path: Path) -> None:
                 f"{path} must hold the name of a class alone, or its number and its name, got "
                 f"the line {line!r}. Leave out what is neither."
             )
-    if lines and all(re.fullmatch(r".*\D\s*[:;,=\t]\s*\d+", line) for line in lines):
+    behind = [re.fullmatch(r"(.*[^\d\s])(\s*[:;,=\t]\s*| +)(\d+)", line) for line in lines]
+    rows = [row for row in behind if row]
+    # "road 7" and "building 11" are names with numbers behind them, "zone 1" and "zone 2" are not.
+    apart = all(row[2].strip(" ") for row in rows)
+    indices = {row[3] for row in rows if int(row[3]) <= IGNORE}
+    listed = len({row[1] for row in rows}) == len(indices) == len(lines) > 1
+    if rows and len(rows) == len(lines) and (apart or listed):
         raise ValueError(
             f"{path} must list the classes in the order of their indices, 0 first, got names with "
             f"numbers behind them, {lines[0]!r}. Sort the lines by number, and leave the numbers "
@@ -200,6 +209,7 @@ def without_numbers(lines: list[str], path: Path) -> list[str]:
     if numbers == list(range(len(rows))):
         return [row[3].strip() for row in rows]
     counted = sorted(numbers) in (list(range(len(rows))), list(range(1, 1 + len(rows))))
+    counted |= numbers == sorted({*numbers}) and numbers[:2] in ([0, 1], [1, 2])
     if all(row[2].isspace() for row in rows) and not counted:
         return lines  # such as "2 doors"
     raise ValueError(

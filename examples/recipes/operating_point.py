@@ -70,6 +70,8 @@ def main(settings: Settings) -> None:
         raise ValueError(
             f"out must be a file that ends in .safetensors, got {out}. The picture lies beside it."
         )
+    if out.resolve() == settings.weights.resolve():
+        raise ValueError(f"out must be another file than the weights, which are kept, got {out}.")
     device = pick_device(settings.device)
     segmenter, recipe, classes = load_segmenter(settings.weights, device, unshifted=True)
     path = find_classifier(segmenter.model)

@@ -20,7 +20,7 @@ from data import names_in, read_image
 from decoding import SUFFIXES
 from evaluate import check_window, load_segmenter, logits_at, pick_device
 from pictures import class_colors
-from weights import write_whole
+from weights import check_folder, write_whole
 
 _JPEG = 65_500
 """The longest side of a JPEG."""
@@ -84,6 +84,7 @@ def main(settings: Settings) -> None:
             f"out must not be the folder of the images, {settings.out}, where NAME_mask.png may be "
             "a label. Choose another."
         )
+    check_folder(settings.out)
     device = pick_device(settings.device)
     segmenter, recipe, _ = load_segmenter(settings.weights, device)
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ from parallel import (
     takes_optimizer_apart,
 )
 from recipes import FREE, RECIPES, Recipe, check_recipe
-from weights import load_state, save_state, save_weights, write_whole
+from weights import check_folder, load_state, save_state, save_weights, write_whole
 
 STATE = "last.pt"
 SHOWN = ("loss", "cross_entropy", "align", "pull", "classify", "group_similarity")
@@ -120,6 +120,7 @@ def train(
         StoppedAndSaved: after Ctrl-C or SIGTERM.
     """
     check_recipe(recipe)
+    check_folder(recipe.folder)
     accelerator = make_accelerator(recipe)
     device = accelerator.device
     rank, processes = accelerator.process_index, accelerator.num_processes

@@ -30,7 +30,7 @@ from mvsc import plotting
 from pictures import predictions, training_report
 from predict import find_images
 from recipes import Recipe
-from weights import load_weights, write_whole
+from weights import check_folder, load_weights, write_whole
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ def main(settings: Settings) -> None:
     for name in ("count", "classes"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}.")
+    out = settings.out or settings.weights.parent / "report"
+    check_folder(out)
     device = pick_device(settings.device)
     segmenter, recipe, names = load_segmenter(settings.weights, device)
     recipe = replace(recipe, data_root=settings.data_root or recipe.data_root)
@@ -83,7 +85,6 @@ def main(settings: Settings) -> None:
     else:
         scenes = validation_scenes(recipe, names, settings.count)
 
-    out = settings.out or settings.weights.parent / "report"
     out.mkdir(parents=True, exist_ok=True)
     pictures = [
         picture

@@ -33,6 +33,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise OSError(f"{path} cannot be written: {reason}") from error
 
 
+def check_folder(out: Path) -> None:
+    """Raise if a file stands where a folder for results is to be."""
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out must be a folder, got {out}, but {folder} is a file.")
+
+
 def save_weights(path: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
     """Save a state dict as safetensors; ``about`` becomes its metadata, each value as JSON."""
     own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -79,6 +86,6 @@ def load_state(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} must be a state that train.py wrote, but cannot be read: {reason}. Choose "
-            "another folder with --out."
+            "another folder with --out to begin anew; the .safetensors beside it can still be used."
         ) from error
     return state
