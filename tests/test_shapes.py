@@ -124,8 +124,8 @@ def test_tokens_whose_channels_come_second_take_a_grid_too():
 
 def test_the_frames_of_videos_are_taken_as_the_error_says():
     reg, conv = MVSCRegularizer(CLASSES, DIM), nn.Conv2d(DIM, CLASSES, 1)
-    features = torch.randn(2, 3, DIM, 6, 7)
-    labels = torch.randint(0, CLASSES, (2, 3, 6, 7))
+    features = torch.randn(2, 5, DIM, 6, 7)
+    labels = torch.randint(0, CLASSES, (2, 5, 6, 7))
     with pytest.raises(ValueError, match=r"features\.flatten\(0, 1\) and labels\.flatten\(0, 1\)"):
         reg(features, labels, conv)
     assert reg(features.flatten(0, 1), labels.flatten(0, 1), conv) > 0
