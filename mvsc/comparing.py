@@ -54,7 +54,7 @@ def difference(answers: list[Tensor], logits: Tensor) -> str:
     """Say why the answers of a layer are not the logits; '' if they are, up to a resize."""
     if len(answers) != 1:
         return f"called {len(answers)} times in one forward"
-    pairs = _pairs(answers[0], logits)
+    pairs = [_readable(*pair) for pair in _pairs(answers[0], logits)]
     if not pairs:
         return f"gives {tuple(answers[0].shape)}, the logits are {tuple(logits.shape)}"
     if any(_is_resized(a, b) or _padded_by(a, b) is not None for a, b in pairs):
@@ -90,11 +90,11 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
     maps = [each for each in tensors_in(output) if each.ndim > 2 and len(each) == len(answer)]
     pairs = [pair for each in tensors_in(output) for pair in _pairs(answer, each)]
     # One image tells it: in full size, and in float64, a batch may be larger than all the rest.
-    first = [(a[:1], b[:1]) for a, b in pairs]
+    first = [_readable(a[:1], b[:1]) for a, b in pairs]
     if not pairs:
         for each in maps:
             for made, text in _MADE:
-                if made(answer[:1], each[:1]):
+                if made(*_readable(answer[:1], each[:1])):
                     classes = each.shape[1]
                     return Verdict(None, text.format(answer.shape[1], classes, classes))
         return None
@@ -176,6 +176,11 @@ def _pairs(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
         if unfolded.ndim == each.ndim:
             pairs.append((unfolded, each))
     return pairs
+
+
+def _readable(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two maps where float64 is: Apple's GPUs have none."""
+    return (answer.cpu(), logits.cpu()) if answer.device.type == "mps" else (answer, logits)
 
 
 def sums_to_one(chances: Tensor, axis: int) -> bool:

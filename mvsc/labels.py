@@ -256,7 +256,7 @@ def _of_values(labels: Tensor, name: str, num_classes: int | None) -> str:
         )
     if bool((labels == labels.round()).all()):
         return f"Use {name}.long()."
-    scaled = 255 * labels.double()
+    scaled = 255 * labels.float()
     near = 0.2 if labels.element_size() == 2 else 1e-3  # in half precision all is rounded
     if (
         labels.min() >= 0
@@ -290,7 +290,7 @@ def _of_channels(labels: Tensor, num_classes: int | None) -> str:
             "channels of which the background has none, have to be mapped to class indices. Pass "
             "one class index for each pixel."
         )
-    values = labels.double()
+    values = labels.float()  # Apple's GPUs have no float64.
     if bool(((values == 0) | (values == 255)).all()):
         values = values / 255
     if not (values.min() >= 0 and values.max() <= 1):  # or not a number
@@ -330,7 +330,7 @@ def _is_one_hot(labels: Tensor, num_classes: int | None) -> bool:
     axes = [axis for axis in (1, -1) if labels.shape[axis] == num_classes]
     if labels.is_meta or not axes or not bool(((labels == 0) | (labels == 1)).all()):
         return False
-    return any(_sums_to_one(labels.double(), axis, labels.dtype) for axis in axes)
+    return any(_sums_to_one(labels.float(), axis, labels.dtype) for axis in axes)
 
 
 def _sums_to_one(values: Tensor, axis: int, dtype: torch.dtype) -> bool:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from mvsc import MVSCRegularizer
+from mvsc import MVSCRegularizer, comparing
 from mvsc.attach import ClassifierNotFoundError, attach
+from mvsc.labels import check_labels
 from mvsc.sampling import labels_on_grid
 
 # The package has a function of the module's name.
@@ -484,6 +485,61 @@ def test_logits_that_are_multiplied_behind_the_classifier_are_noticed():
     step(Scaled(1.0), images, labels)
     with pytest.warns(UserWarning, match="multiplies its output by 20, as heads of cosines do"):
         step(Scaled(20.0), images, labels)
+
+
+class OnApple(Tensor):
+    """A tensor of a device that has no float64."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        if func == Tensor.device.__get__:
+            return torch.device("mps")
+        if func is Tensor.cpu:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(Tensor)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: F.interpolate(z, scale_factor=4, mode="bilinear"),
+        lambda z: F.interpolate(z, scale_factor=4, mode="bilinear")[..., :30, :31],
+        lambda z: z.softmax(1),
+        torch.sigmoid,
+        lambda z: 20 * z,
+        lambda z: z[:, 1:],
+        lambda z: torch.randn(2, CLASSES, 8, 8),
+    ],
+)
+def test_a_model_on_a_device_without_float64_is_compared_too(after):
+    answer = torch.randn(2, CLASSES, 8, 8)
+    output = after(answer)
+    apple = answer.as_subclass(OnApple), output.as_subclass(OnApple)
+    with pytest.raises(TypeError, match="float64"):
+        apple[0].double()
+    assert comparing.compare(*apple) == comparing.compare(answer, output)
+    assert comparing.difference([apple[0]], apple[1]) == comparing.difference([answer], output)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y: F.one_hot(y, CLASSES).movedim(-1, 1),
+        lambda y: F.one_hot(y, CLASSES).movedim(-1, 1) * 0.6 + 0.1,
+        lambda y: y.byte().float() / 255,
+    ],
+)
+def test_labels_on_a_device_without_float64_have_their_remedies(make):
+    features, labels = torch.randn(2, DIM, 8, 8), make(torch.randint(0, CLASSES, (2, 8, 8)))
+    said = []
+    for kind in (Tensor, OnApple):
+        with pytest.raises((TypeError, ValueError)) as error:
+            check_labels(labels.as_subclass(kind), features.as_subclass(kind), None, CLASSES)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 def test_a_factor_that_grows_later_is_noticed_at_the_next_size():
