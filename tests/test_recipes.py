@@ -606,6 +606,11 @@ def test_a_model_that_normalises_pooled_images_needs_two_at_a_time(folder, tmp_p
         train(recipe)
 
 
+def test_float16_on_a_cpu_is_refused_and_not_silently_float32(folder, tmp_path):
+    with pytest.raises(ValueError, match="precision must be no or bf16 on a CPU, got fp16"):
+        train(tiny(folder, tmp_path, precision="fp16"))
+
+
 def test_a_device_that_is_not_there_is_named():
     assert evaluate.pick_device("cpu") == torch.device("cpu")
     missing = ["foo", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
