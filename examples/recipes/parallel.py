@@ -42,9 +42,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "batch_size must be a multiple of processes x accumulate, "
             f"{accelerator.num_processes} x {recipe.accumulate}, got {recipe.batch_size}."
         )
-    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate would say nothing, and train in float32.
-        raise ValueError("precision must be no or bf16 on a CPU, got fp16.")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "the engine must be DDP, FSDP2 or DeepSpeed, got FSDP1. Use accelerate launch "
@@ -66,6 +63,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         config["train_micro_batch_size_per_gpu"] = recipe.batch_size // parts
         # Accelerate drops a 0 of its own file, and DeepSpeed's default is to clip.
         config.setdefault("gradient_clipping", 0.0)
+    if recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would say nothing, and train in float32.
+        raise ValueError("precision must be no or bf16 on a CPU, got fp16.")
     return accelerator
 
 
