@@ -219,7 +219,7 @@ BUGS = [
     ("add_to_loss", "elif output is None or labels is None:", "elif output is None and labels is None:", "a forward without labels, or one that failed, is a step"),
     ("attach", "if found is not None and (found.certain or not self.verdicts) and not named:", "if False:", "a residual head goes unnoticed"),
     ("attach", "        except RuntimeError:  # Of tensors", "        except ZeroDivisionError:  # Of tensors", "the first forward's check ends a forward"),
-    ("comparing", "[(a[:1], b[:1]) for a, b in pairs]", "pairs", "the first forward's check needs the memory of a batch"),
+    ("comparing", "_readable(a[:1], b[:1]) for a, b in pairs]", "_readable(a, b) for a, b in pairs]", "the first forward's check needs the memory of a batch"),
     ("comparing", "*(n for n in _STRIDES if least < n <= 2 * least)", "", "only padding by less than a stride is found"),
     ("comparing", "    if not finite or any(", "    if any(", "logits that are not finite are doubted"),
     ("finding", '            if reason in ("", _SINGLE) and', '            if reason == "" and', "a depth head is proposed"),
