@@ -311,7 +311,7 @@ def _of_channels(labels: Tensor, num_classes: int | None) -> str:
     marked = {axis: (values > 0.5).sum(axis) for axis in axes}
     single = [axis for axis in axes if not bool((marked[axis] > 1).any())]
     either = single or axes
-    none, several = ((int(n.sum())) for n in (marked[either[0]] == 0, marked[either[0]] > 1))
+    none, several = (int(n.sum()) for n in (marked[either[0]] == 0, marked[either[0]] > 1))
     where = [
         f"torch.where(marked.sum({axis}) == 1, marked.long().argmax({axis}), ignore_index)"
         for axis in either
