@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.running import is_replaying
-from mvsc.tap import NO_FORWARD, REPLACED, Hook, Tap
+from mvsc.tap import NO_FORWARD, REPLACED, Hook, Tap, taps_on
 from mvsc.watch import warn
 
 _IDLE_FORWARDS = 10
@@ -221,13 +221,11 @@ class _InCopy(_Adding):
         """Warn once if the copy is trained; a teacher's forwards have no loss with a gradient."""
         if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
             return
-        others = (hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hook))
-        if any(hook.tap.classifier is not None for hook in others):
+        if taps_on(module):
             return  # The copy is attached by now.
         self.forwards += _find_loss(output) is not None
         if self.forwards == _IDLE_FORWARDS:
-            self.forwards += 1
-            warn(_COPIED.format(model=type(module).__name__))
+            self.tap.watch.say("copy", _COPIED.format(model=type(module).__name__))
 
 
 def arguments_inside(model: nn.Module) -> Iterator[Mapping[str, Parameter]]:

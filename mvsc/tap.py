@@ -120,6 +120,12 @@ class Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
+def taps_on(module: nn.Module) -> "set[Tap]":
+    """Return the taps that are open and hear of a module's forward before it begins."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hook)]
+    return {hook.tap for hook in hooks if hook.tap.classifier is not None}
+
+
 def strip(model: nn.Module) -> None:
     """Take every hook of mvsc off a model, also what stands in their place in a copy."""
     for module in model.modules():
@@ -168,16 +174,12 @@ class Tap:
         Raises:
             ValueError: if somebody else is attached there.
         """
-        others = {hook.tap for hook in model._forward_hooks.values() if isinstance(hook, Hook)}
-        for other in others:
-            if other.classifier is not None and other.replaced():
+        for other in taps_on(model):
+            if other.replaced():
                 other.close()  # It would keep a layer alive that is no part of the model any more.
         entrance = _entrance(model, path)
         module = model.get_submodule(entrance)
-        for hook in list(module._forward_pre_hooks.values()):
-            if not isinstance(hook, Hook) or hook.tap.classifier is None:
-                continue
-            other = hook.tap
+        for other in taps_on(module):
             if other.owner() is not None:
                 gc.collect()  # A Trainer that is gone, and holds it, is in cycles.
             if other.owner() is None:  # Nobody is left who could use or detach it.
