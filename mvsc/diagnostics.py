@@ -25,7 +25,7 @@ from torch import Tensor
 from mvsc import checks, equations
 from mvsc.kernel import segment_sum
 from mvsc.labels import check_label_values, check_labels, default_ignore_index
-from mvsc.sampling import commonest_on_grid, draw_groups, labels_on_grid
+from mvsc.sampling import ON_GRID, draw_groups, labels_on_grid
 
 _HUGE = 1e15
 """Numbers whose squares, added up, may have no float32."""
@@ -366,13 +366,12 @@ def _grid(
 ) -> Tensor:
     """Bring labels to the grid of a map that they fit; values are read on the CPU only."""
     checks.check_positive_int("num_classes", num_classes)
-    checks.check_choice("grid_label", grid_label, ("centre", "commonest"))
+    checks.check_choice("grid_label", grid_label, tuple(ON_GRID))
     ignored = _ignored(ignore_index, num_classes)
     check_labels(labels, checks.check_feature_map(features), num_classes=num_classes)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_label_values(labels, num_classes, ignored)
-    on_grid = commonest_on_grid if grid_label == "commonest" else labels_on_grid
-    return on_grid(labels, features.shape[2:], num_classes, ignored)
+    return ON_GRID[grid_label](labels, features.shape[2:], num_classes, ignored)
 
 
 def _ignored(ignore_index: int | None, num_classes: int) -> int:

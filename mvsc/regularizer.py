@@ -24,7 +24,7 @@ from mvsc.equations import MVSCTerms
 from mvsc.kernel import segment_sum
 from mvsc.labels import check_label_values, check_labels, default_ignore_index, out_of_range
 from mvsc.running import is_replaying
-from mvsc.sampling import commonest_on_grid, draw_groups, draw_halves, labels_on_grid
+from mvsc.sampling import ON_GRID, draw_groups, draw_halves
 from mvsc.stepping import MakeOptimizer, Stepper
 from mvsc.watch import Watch
 
@@ -385,10 +385,7 @@ class MVSCRegularizer(nn.Module):
             Means, counts and mask of the cells; with ``sync_means`` of all processes (R18).
         """
         size = features.shape[2:]
-        if self.grid_label == "commonest":
-            grid = commonest_on_grid(labels, size, self.num_classes, self.ignore_index)
-        else:
-            grid = labels_on_grid(labels, size, self.num_classes, self.ignore_index)
+        grid = ON_GRID[self.grid_label](labels, size, self.num_classes, self.ignore_index)
         cells = self.split(grid, features)
         sums, counts = segment_sum(features, cells, self.groups * self.num_classes)
         if self.sync_means:
@@ -523,7 +520,7 @@ class MVSCRegularizer(nn.Module):
         checks.check_int("ignore_index", self.ignore_index)
         checks.check_int("seed", self.seed)
         checks.check_choice("align_to", self.align_to, ("global", "group"))
-        checks.check_choice("grid_label", self.grid_label, ("centre", "commonest"))
+        checks.check_choice("grid_label", self.grid_label, tuple(ON_GRID))
         checks.check_choice("sync", self.sync, ("auto", False))
         checks.check_choice("enhance", self.enhance, (True, False))
         checks.check_choice("sync_means", self.sync_means, (True, False))

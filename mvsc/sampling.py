@@ -104,6 +104,10 @@ def commonest_on_grid(
     return torch.where(reached, winner, centres)
 
 
+ON_GRID = {"centre": labels_on_grid, "commonest": commonest_on_grid}
+"""How labels come to the feature grid, by the setting ``grid_label``."""
+
+
 def cells_of_classes(
     labels: Tensor, size: Sequence[int], num_classes: int, ignore_index: int
 ) -> Tensor:
