@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -267,14 +268,14 @@ class _FirstForward:
         others = [hook for hook in module._forward_hooks.values() if not isinstance(hook, Hook)]
         if not others or not args or not is_plain(module) or is_sharded(module):
             return
-        with torch.no_grad():
-            alone = module.forward(args[0][:1])
-        if not isinstance(output, Tensor) or output.shape[1:] != alone.shape[1:]:
+        if not isinstance(output, Tensor) or is_capturing(output.device) or 0 in output.shape:
             return
-        alone, answer = alone.float(), output[:1].detach().float()
-        near = 0.05 * float(alone.abs().max())
-        if not torch.allclose(alone, answer, atol=near, rtol=0, equal_nan=True):
-            self.tap.watch.say("hook", _HOOKED)
+        with torch.no_grad(), suppress(RuntimeError):  # Of tensors without values.
+            alone, answer = module.forward(args[0][:1]).float(), output[:1].float()
+            near = 0.05 * float(alone.abs().max())
+            same = alone.shape == answer.shape
+            if same and not torch.allclose(alone, answer, atol=near, rtol=0, equal_nan=True):
+                self.tap.watch.say("hook", _HOOKED)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         answer, self.answer = self.answer, None

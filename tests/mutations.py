@@ -126,7 +126,7 @@ BUGS = [
     ("stepping", "count = torch.zeros((), dtype=torch.float32)", "count = torch.ones((), dtype=torch.float32)", "AdamW begins at its second step"),
     ("stepping", "if centroids.grad is not None:", "if True:", "a step without a backward"),
     ("tap", '        options["channels_last"] = reads_rows(classifier)\n', '        options["channels_last"] = False\n', "channels of a Linear's input taken for rows"),
-    ("attach", "        if not torch.allclose(alone, answer, atol=near, rtol=0, equal_nan=True):", "        if False:", "a hook that changes the answer goes unnoticed"),
+    ("attach", "            if same and not torch.allclose(", "            if False and not torch.allclose(", "a hook that changes the answer goes unnoticed"),
     ("attach", "        len(parts) == 2\n", "        False\n", "LoRA of two layers goes unnoticed"),
     ("tap", "            if other.replaced():", "            if False:", "hooks of a classifier that was replaced stay"),
     ("add_to_loss", "            if self.tap.replaced():", "            if False:", "MVSC stops in silence where the classifier was replaced"),

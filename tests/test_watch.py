@@ -583,6 +583,14 @@ def test_a_hook_that_changes_the_answer_of_the_classifier_is_noticed_once(hook, 
     assert len(seen) == said
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_hook_is_not_looked_at_where_there_is_nothing_to_compare(device):
+    model = Scaled(1.0)
+    model.classifier.register_forward_hook(hot)
+    attach(model.to(device), classifier="classifier")
+    model(torch.randn(2 if device == "meta" else 0, 3, 32, 32, device=device))
+
+
 def test_an_auxiliary_head_that_is_named_need_not_be_what_the_model_returns():
     class Two(Scaled):
         def __init__(self):
