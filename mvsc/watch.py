@@ -124,31 +124,30 @@ class Watch:
         """Warn if no stride brings the labels to the features: the model has padded or cropped."""
         if "sizes" in self.said:
             return
+        sizes = f"features of {describe_sizes(features)} and labels of {describe_sizes(labels)}"
         if _are_turned(features, labels):
-            self.say(
-                "sizes",
-                f"features of {describe_sizes(features)} and labels of {describe_sizes(labels)} "
-                "have one stride for both axes if height and width of the labels are exchanged. "
-                "If they are, use labels.transpose(1, 2).",
+            message = (
+                f"{sizes} have one stride for both axes if height and width of the labels are "
+                "exchanged. If they are, use labels.transpose(1, 2)."
             )
-        elif len(features) == 1 and not _have_a_stride(features, labels):
-            self.say(
-                "sizes",
+        elif _have_a_stride(features, labels):
+            return
+        elif len(features) == 1:
+            message = (
                 f"features of {features[0]} places and labels of {labels[0]} have no common "
                 "stride. Points need a label each, in their order. Of tokens cut off class and "
                 "register tokens, features[:, 1:]; in an attached model the classifier has to "
-                "read the others alone. If the model resamples a sequence, all is well.",
+                "read the others alone. If the model resamples a sequence, all is well."
             )
-        elif not _have_a_stride(features, labels):
+        else:
             ratios = " and ".join(f"{b / a:.3g}" for a, b in zip(features, labels, strict=True))
-            self.say(
-                "sizes",
-                f"features of {describe_sizes(features)} and labels of {describe_sizes(labels)} "
-                f"have no common stride ({ratios}): a model that pads or crops inside would have "
-                "its labels stretched. Pad the labels as the model pads its images, "
+            message = (
+                f"{sizes} have no common stride ({ratios}): a model that pads or crops inside "
+                "would have its labels stretched. Pad the labels as the model pads its images, "
                 "F.pad(labels, (0, right, 0, bottom), value=ignore_index), or crop them as it "
-                "crops. If it resizes its images, all is well.",
+                "crops. If it resizes its images, all is well."
             )
+        self.say("sizes", message)
 
     def notice_dtype(self, dtype: torch.dtype, num_classes: int) -> None:
         """Warn if labels are of a dtype that cannot hold every class: larger ones wrap around."""
@@ -313,10 +312,11 @@ def _is_stride(factor: Fraction | None) -> bool:
 
 def _are_turned(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
     """Return whether labels of a map have one integer stride, but with their axes exchanged."""
-    if len(features) != 2 or min(features) < _FEW or _factor(features, labels) is not None:
+    if len(features) != 2 or min(features) < _FEW:
         return False
-    factor = _factor(features, labels[::-1])
-    return factor is not None and factor.denominator == 1
+    (height, width), (rows, columns) = features, labels
+    right = rows * width == columns * height
+    return not right and columns * width == rows * height and columns % height == 0
 
 
 def _have_a_stride(features: tuple[int, ...], labels: tuple[int, ...]) -> bool:
