@@ -89,12 +89,13 @@ def find_classifier(
         listed = {p: why if reason in ("", _SINGLE) else reason for p, reason in candidates.items()}
         raise _not_found(model, listed)
     fit = [path for path, reason in candidates.items() if reason in ("", _SINGLE)]
+    of = ""
     if len(fit) > 1 and num_classes is not None:
         fit = [path for path in fit if _width_given(model.get_submodule(path)) == num_classes]
+        of = f" of {num_classes} classes"
     if len(fit) != 1 or _classifies_queries(model, fit[0], refused):
         why = f"one of {len(fit)} that could be it"
         raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
-    of = "" if num_classes is None else f" of {num_classes} classes"
     logger.warning(
         "took %r, the only candidate%s, for the classifier; example= proves it", fit[0], of
     )

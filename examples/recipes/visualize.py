@@ -113,7 +113,7 @@ def validation_scenes(recipe: Recipe, names: Sequence[str], count: int) -> list[
 def load_centroids(weights: Path) -> Tensor | None:
     """Load the centroids that lie beside the weights; a baseline has none."""
     # Those of best.safetensors are those of best.shifted.safetensors, too.
-    path = weights.with_name(f"{weights.name.partition('.')[0]}.centroids.safetensors")
+    path = weights.with_name(f"{weights.stem.removesuffix('.shifted')}.centroids.safetensors")
     if not path.exists():
         print(f"No heat maps, since {path} is not there, as of a run without MVSC.")
         return None
