@@ -12,6 +12,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+def check_group(group: Any) -> None:
+    """Raise unless ``group`` is None or a group of torch's, if only one of other processes."""
+    if group is None or not dist.is_available() or group == dist.GroupMember.NON_GROUP_MEMBER:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a torch.distributed.ProcessGroup, got "
+            f"{type(group).__name__}. Of a DeviceMesh use mesh.get_group(), of ranks "
+            "torch.distributed.new_group(ranks)."
+        )
+
+
 def rank(group: Any = None) -> int:
     """Return the rank of this process in ``group``; 0 without a process group."""
     return dist.get_rank(group) if _running() else 0

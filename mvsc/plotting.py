@@ -69,7 +69,7 @@ def draw_heatmap(
 
     Raises:
         TypeError: if cosines are not floating or the image is of another dtype.
-        ValueError: if a shape is another.
+        ValueError: if a shape is another, or limits are no two that ascend.
     """
     _check_cosines(cosines)
     height, width = cosines.shape
@@ -78,7 +78,7 @@ def draw_heatmap(
         height, width = image.shape[1:]
         grey = _pixels(image) @ np.array([0.299, 0.587, 0.114])
         _show(ax, grey, cmap="gray", vmin=0, vmax=1)
-    low, high = limits
+    low, high = _check_limits(limits)
     return _show(
         ax,
         cosines.detach().float().cpu().numpy(),
@@ -245,6 +245,16 @@ def _check_cosines(cosines: object) -> None:
             f"Index the image{', and a slice of a volume' * (cosines.ndim == 4)}: cosines[0"
             f"{f', {cosines.shape[1] // 2}' * (cosines.ndim == 4)}]."
         )
+
+
+def _check_limits(limits: Any) -> tuple[float, float]:
+    """Raise unless ``limits`` are two numbers, the lower one first; return them."""
+    numbers = tuple(limits) if isinstance(limits, Sequence) else ()
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise ValueError(
+            f"limits must be the lowest and the highest cosine, as (-1.0, 1.0), got {limits!r}."
+        )
+    return numbers
 
 
 def _check_image(image: object) -> None:

@@ -107,7 +107,7 @@ class MVSCRegularizer(nn.Module):
             them would have stalled a device; no part of the state.
 
     Raises:
-        TypeError: if a size is not an int or a weight not a number.
+        TypeError: if a size is not an int, a weight not a number, or a group not a process group.
         ValueError: if a value is outside its range.
 
     Example:
@@ -524,6 +524,7 @@ class MVSCRegularizer(nn.Module):
         checks.check_choice("sync", self.sync, ("auto", False))
         checks.check_choice("enhance", self.enhance, (True, False))
         checks.check_choice("sync_means", self.sync_means, (True, False))
+        distributed.check_group(self.process_group)
 
     def _check(
         self,

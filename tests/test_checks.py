@@ -67,6 +67,8 @@ def test_weights_are_not_negative(name):
 def test_choices_are_named():
     with pytest.raises(ValueError, match="align_to must be 'global' or 'group', got 'class'"):
         MVSCRegularizer(5, 6, align_to="class")
+    with pytest.raises(TypeError, match=r"process_group must be a .*ProcessGroup, got int\. Of a"):
+        MVSCRegularizer(5, 6, process_group=2)
     with pytest.raises(ValueError, match="sync must be 'auto' or False, got 'never'"):
         MVSCRegularizer(5, 6, sync="never")
     with pytest.raises(ValueError, match="enhance must be True or False, got 'yes'"):

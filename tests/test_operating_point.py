@@ -163,7 +163,7 @@ def test_a_negative_budget_is_refused(tmp_path):
         main(Settings(tmp_path / "none.safetensors", max_loss=-1.0))
     with pytest.raises(ValueError, match="max_loss must be at least 0 points .* got nan"):
         main(Settings(tmp_path / "none.safetensors", max_loss=float("nan")))
-    with pytest.raises(ValueError, match=r"taus must be finite numbers, got \(nan,\)"):
+    with pytest.raises(ValueError, match=r"taus must be numbers from -100 to 100, got \(nan,\)"):
         main(Settings(tmp_path / "none.safetensors", taus=(float("nan"),)))
 
 

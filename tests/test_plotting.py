@@ -51,6 +51,9 @@ def test_a_heat_map_lies_over_the_whole_image():
     assert_close(shown(ax), cosines.numpy())
     (plain,) = (plotting.draw_heatmap(ax := panel(), cosines, limits=(0, 1)),)
     assert (len(ax.images), plain.get_clim()) == (1, (0, 1))
+    for limits in (1.0, (1.0, -1.0)):
+        with pytest.raises(ValueError, match="limits must be the lowest and the highest cosine"):
+            plotting.draw_heatmap(panel(), cosines, limits=limits)
 
 
 def test_heat_maps_stand_in_a_row_for_each_class_and_a_column_for_each_group():

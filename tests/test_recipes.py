@@ -394,6 +394,7 @@ def test_other_classes_are_refused(tmp_path):
         ({"crop": (100, 96)}, r"multiples of 32, got \(100, 96\)"),
         ({"scale": (48, 64)}, "longer and the shorter side"),
         ({"scale_range": (0.0, 1.0)}, "scale_range must be 0 < low <= high"),
+        ({"seed": 2**63}, "seed must be an integer of 64 bits, got 9223372036854775808"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(changes, text):
@@ -986,6 +987,13 @@ def test_an_ablation_keeps_its_cells_and_names_the_papers_numbers(folder, tmp_pa
     state = weights.load_state(tmp_path / "g8" / "seed1" / "last.pt")
     assert scores["mIoU"] == state["scores"]["mIoU"]
     assert state["reg"]["regularizer.centroids"].shape == (8, 3, 16)
+    path = tmp_path / "g8" / "seed1" / "scores.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"scores.json must be the scores .* Remove it: the same"):
+        ablate.main(replace(settings, report=True))
+    path.unlink()
+    ablate.main(settings)
+    assert json.loads(path.read_text())["mIoU"] == scores["mIoU"]
     other = replace(settings, recipe=replace(recipe, lr=0.5), report=True)
     with pytest.raises(ValueError, match=r"other settings: lr was 0.001, is 0.5"):
         ablate.main(other)

@@ -85,13 +85,20 @@ def scores_of(recipe: Recipe) -> dict[str, Any] | None:
     """Read the scores of a finished cell; None if it is not finished.
 
     Raises:
-        ValueError: if they are those of other settings.
+        ValueError: if they are broken, or those of other settings.
     """
     path = recipe.folder / "scores.json"
     if not path.exists():
         return None
-    scores: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    check_same(recipe, scores["recipe"])
+    try:
+        scores: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        before = scores["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} must be the scores that train.py wrote, but cannot be read: {error}. Remove "
+            "it: the same command writes it again."
+        ) from error
+    check_same(recipe, before)
     return scores
 
 

@@ -10,7 +10,6 @@ and cost nothing at inference. What is gained is also told for images that had n
 choice: tau is chosen on one half of the images and judged on the other.
 """
 
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -59,8 +58,8 @@ def main(settings: Settings) -> None:
     Raises:
         ValueError: if weights, data or settings do not fit, or the prior cannot be shifted.
     """
-    if not all(map(math.isfinite, settings.taus)):
-        raise ValueError(f"taus must be finite numbers, got {settings.taus}.")
+    if not all(abs(tau) <= 100 for tau in settings.taus):
+        raise ValueError(f"taus must be numbers from -100 to 100, got {settings.taus}.")
     if settings.max_loss is not None and not settings.max_loss >= 0:
         raise ValueError(
             f"max_loss must be at least 0 points of pixel accuracy, got {settings.max_loss}."

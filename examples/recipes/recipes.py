@@ -152,6 +152,8 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(
                 f"{name} must be finite and not negative, got {getattr(recipe, name)}."
             )
+    if not -(2**63) <= recipe.seed < 2**63:
+        raise ValueError(f"seed must be an integer of 64 bits, got {recipe.seed}.")
     if min(recipe.crop) < 32 or any(side % 32 for side in recipe.crop):
         raise ValueError(
             f"crop must be a width and a height that are multiples of 32, got {recipe.crop}. "
