@@ -52,6 +52,11 @@ _SUMS = (
     "transformers Trainer use attach_to_trainer; in a loop of your own attach without add_to_loss, "
     "and add reg(labels) divided by the number of parts."
 )
+_UNUSED = (
+    f"add_to_loss has added to the loss in the model's output in {_IDLE_FORWARDS} forwards, and no "
+    "backward came through any of them. If another loss is trained on, as a compute_loss of your "
+    "own makes of the logits, attach with add_to_loss=False and add reg(labels) to that."
+)
 _COPIED = (
     "add_to_loss adds nothing to the loss of this {model}, which is a copy of the one that is "
     "attached. Attach to the copy that is trained; or call mvsc.detach(copy), if it is to be "
@@ -81,6 +86,7 @@ class AddToLoss:
         self.tap, self.regularizer, self.scale = tap, regularizer, scale
         self.inside, self.idle = False, 0
         self.named, self.counted = 0, False
+        self.unused = 0
         self.position: int | None = None
 
     def open(self, model: nn.Module) -> None:
@@ -166,6 +172,7 @@ class AddToLoss:
                 raise
             raise type(error)(f"{error} {_LABELS_OF_THE_MODEL}") from error
         self.tap.missing = _ADDED
+        self._notice_unused(loss)
         if self.scale is not None:
             loss = self.scale() * loss
         return _add_to(output, key, loss)
@@ -177,6 +184,19 @@ class AddToLoss:
         self.counted = True
         if int(items) > int((labels != -100).sum()):  # as a Trainer counts
             warn(_SUMS)
+
+    def _notice_unused(self, loss: Tensor) -> None:
+        """Warn once if no gradient came to a loss that was added so far: it is not trained on."""
+        if self.unused < 0 or torch.compiler.is_compiling() or not loss.requires_grad:
+            return
+        if self.unused == _IDLE_FORWARDS:
+            self.tap.watch.say("unused", _UNUSED)
+        self.unused += 1
+
+        def used(_: Tensor) -> None:
+            self.unused = -1
+
+        loss.register_hook(used)  # type: ignore[no-untyped-call]
 
     def _notice_deaf(self, classifier: nn.Module) -> None:
         """Raise in a checkpoint of the whole model; count evaluation mode that trains."""

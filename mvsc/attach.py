@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mvsc.add_to_loss import AddToLoss
 from mvsc.classifier import is_pixel_linear, is_plain, is_sharded, tensors_of, widths
-from mvsc.comparing import Verdict, classes_second, compare, sizes_of
+from mvsc.comparing import Verdict, classes_second, compare, is_one_of_several, sizes_of
 from mvsc.equations import MVSCTerms
 from mvsc.finding import ClassifierNotFoundError, find_classifier
-from mvsc.hosts import HOSTS, speaks_against
+from mvsc.hosts import HOSTS, host_of, is_auxiliary
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.running import is_capturing
 from mvsc.tap import DATA_PARALLEL, DISCARDED, Hook, Tap, strip
@@ -27,6 +27,12 @@ _HOOKED = (
     "a forward hook on the classifier changes its answer, and L_v asks the layer without hooks, "
     "which are not to see the centroids. Make it a part of a callable, and pass features and that "
     "to MVSCRegularizer."
+)
+
+_SEVERAL = (
+    "the model returns several maps, of other classes than those of {path!r}, the only layer that "
+    "could be told for the classifier. Name the one that makes the logits of these labels: "
+    "classifier={path!r}, if it is this one."
 )
 
 _SIZES_COMPARED = 8
@@ -97,11 +103,13 @@ def attach(
             one = ", whose one logit stands for two classes" * (found != logits and name != "dim")
             raise ValueError(
                 f"{name} must be that of the classifier, {found} of {path!r}{one}, got "
-                f"{options[name]}. Name another layer, classifier=..., or leave it out."
+                f"{options[name]}. Name another layer, classifier=...; if the model makes logits "
+                "of this one's answer, pass features and a callable to MVSCRegularizer."
             )
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
     device = tensors_of(layer)[0].device
-    return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss)
+    guessed = classifier is example is None and not any(map(host_of, model.modules()))
+    return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss, guessed)
 
 
 def detach(model: nn.Module) -> None:
@@ -139,7 +147,12 @@ class AttachedRegularizer(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, path: str, regularizer: MVSCRegularizer, add_to_loss: bool
+        self,
+        model: nn.Module,
+        path: str,
+        regularizer: MVSCRegularizer,
+        add_to_loss: bool,
+        guessed: bool = False,
     ) -> None:
         super().__init__()
         self.regularizer = regularizer
@@ -147,7 +160,7 @@ class AttachedRegularizer(nn.Module):
         # The tap is no module: the model must not become a part of its own regularizer.
         self._tap = Tap(regularizer._watch)
         self._tap.open(model, path, self)
-        _FirstForward(self._tap).open(model)
+        _FirstForward(self._tap, guessed).open(model)
         if add_to_loss:
             AddToLoss(self._tap, regularizer).open(model)
         logger.info("attached to classifier %r of %s", path, type(model).__name__)
@@ -239,12 +252,13 @@ class _FirstForward:
     """A client of the tap that sees, in the first training forward, whether the pick is sound.
 
     What leaves the classifier has to be what the model returns, up to a resize, where it returns
-    logits at all. If so, each of the first sizes shows whether the model pads its images: those of
-    the first forward may need no padding. Costs one comparison for each of these sizes.
+    logits at all; of several maps the first, where the pick was a guess. If so, each of the first
+    sizes shows whether the model pads its images: those of the first forward may need no padding.
+    Costs one comparison for each of these sizes.
     """
 
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+    def __init__(self, tap: Tap, guessed: bool) -> None:
+        self.tap, self.guessed = tap, guessed
         self.answer: Tensor | None = None
         self.verdicts: dict[Any, Verdict] = {}
 
@@ -297,12 +311,14 @@ class _FirstForward:
         except RuntimeError:  # Of tensors without values, or on which little is defined.
             pass
         if found is not None and not found.reason:
+            if self.guessed and is_one_of_several(answer, output):
+                self.tap.watch.say("several", _SEVERAL.format(path=self.tap.path))
             self.verdicts[sizes], self.tap.padded = found, found.padded
             return
         for handle in self.handles:
             handle.remove()
         # An auxiliary head, which somebody has named, answers for itself.
-        named = speaks_against(self.tap.path)
+        named = is_auxiliary(self.tap.path)
         if found is not None and (found.certain or not self.verdicts) and not named:
             warn(
                 f"the classifier {self.tap.path!r} of {type(module).__name__} may be the wrong one "

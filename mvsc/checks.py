@@ -61,9 +61,14 @@ def check_dense(name: str, value: object) -> None:
 
 
 def check_floating(name: str, value: object, remedy: str) -> Tensor:
-    """Raise unless ``value`` is a floating-point tensor; return it."""
+    """Raise unless ``value`` is a dense floating-point tensor; return it."""
+    check_dense(name, value)
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {kind(value)}. {remedy}")
+    if value.element_size() < 2:  # float8, on which torch adds and multiplies nothing
+        raise TypeError(
+            f"{name} must have 16 bits or more, got {value.dtype}. Use {name}.bfloat16()."
+        )
     return value
 
 
@@ -282,6 +287,7 @@ def _wrong_width(shape: tuple[int, ...], dim: int, channels_last: bool) -> str:
         remedy = "Pass channels_last=True if the last axis holds the channels."
     elif not channels_last and len(shape) == 5 and shape[2] == dim:
         remedy = "Of the frames of videos use features.flatten(0, 1) and labels.flatten(0, 1)."
-    elif shape[0] == dim and len(shape) == 3 and not channels_last:
-        remedy = "Of one image alone use images.unsqueeze(0) and labels.unsqueeze(0)."
+    elif shape[0] == dim and not channels_last:
+        alone = "one image alone use images" if len(shape) == 3 else "one volume alone use volumes"
+        remedy = f"Of {alone}.unsqueeze(0) and labels.unsqueeze(0)."
     return f"features must have shape {expected} with dim={dim}, got {shape}. {remedy}"

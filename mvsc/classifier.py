@@ -7,7 +7,7 @@ the model notices: neither its hooks nor its buffers see the centroids.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeGuard, get_args
 
 import torch
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from mvsc import checks, distributed
+from mvsc.running import is_capturing
 
 Classifier = nn.Module | Callable[[Tensor], Tensor]
 
@@ -59,6 +61,11 @@ _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNor
 
 # Of two threads that share a classifier the one would keep what the other had taken off.
 _LOCK = threading.RLock()
+
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+_WIDEST = 100
+"""Places in an axis that a classifier may be asked about: each centroid is so large a map then."""
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -114,6 +121,28 @@ def reads_axes(classifier: object) -> int | None:
     return None
 
 
+def without_margin(classifier: object, features: Tensor) -> Tensor:
+    """Return the features at which logits have their centre: a view, all of them as a rule.
+
+    A convolution that pads too little, as behind a ReflectionPad2d, gives a smaller map than it
+    reads, and the labels are those of that map.
+    """
+    layer = base_of(classifier) if isinstance(classifier, nn.Module) else None
+    if not isinstance(layer, _PIXEL_LINEAR) or not _computes_as_torch(layer):
+        return features
+    sizes = () if isinstance(layer, nn.Linear) else layer.kernel_size
+    if len(sizes) != features.ndim - 2 or any(step != 1 for step in layer.stride):
+        return features
+    pads = layer._reversed_padding_repeated_twice[::-1]  # of each axis the end, then the start
+    for axis, (k, dilation) in enumerate(zip(sizes, layer.dilation, strict=True)):
+        end, start = pads[2 * axis : 2 * axis + 2]
+        first = max(dilation * (k - 1) // 2 - start, 0)
+        left = features.shape[axis + 2] + start + end - dilation * (k - 1)
+        if 0 < left < features.shape[axis + 2]:
+            features = features.narrow(axis + 2, first, left)
+    return features
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Return the parameters of a module, and then its buffers: a weight that is fixed is one."""
     return [*module.parameters(), *module.buffers()]
@@ -154,21 +183,29 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
         )
     if not isinstance(classifier, nn.Module):
         return  # Its output is checked when it has been called.
-    for layer in classifier.modules():
+    convolutions = [layer for layer in classifier.modules() if isinstance(layer, _ConvNd)]
+    for layer in convolutions:
         if isinstance(layer, _ConvTransposeNd) and _spreads(layer):
             raise ValueError(f"classifier must answer for each pixel alone. {TRANSPOSED}")
-        if isinstance(layer, _ConvNd) and len(layer.kernel_size) != axes:
-            raise ValueError(
-                f"classifier must have as many spatial axes as the features, {axes}, got a "
-                f"{type(layer).__name__}. Pass the map as the classifier reads it: "
-                f"{_as_read(axes, len(layer.kernel_size))}."
-            )
+    # One of several may go over channels, as in an attention.
+    if convolutions and all(len(layer.kernel_size) != axes for layer in convolutions):
+        layer = convolutions[-1]
+        raise ValueError(
+            f"classifier must have as many spatial axes as the features, {axes}, got a "
+            f"{type(layer).__name__}. Pass the map as the classifier reads it: "
+            f"{_as_read(axes, len(layer.kernel_size))}."
+        )
     last = _last_of(classifier)
     if isinstance(last, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
         raise ValueError(_ends_in(type(last).__name__))
     if not is_pixel_linear(classifier):
         return
     width, classes = widths(classifier)
+    if width != dim and any(map(is_lazy, classifier.parameters())):
+        raise ValueError(
+            f"classifier must know its sizes, got a {type(classifier).__name__} that was not "
+            "called. Run one forward of the model first."
+        )
     if width != dim:
         raise ValueError(
             f"classifier must take dim={dim} features, got one that takes {width}. "
@@ -184,7 +221,7 @@ def what_mixes(classifier: object) -> str:
     found = [
         f"{name or type(module).__name__} ({type(module).__name__})"
         for name, module in modules
-        if isinstance(module, _MIXING)
+        if isinstance(module, _MIXING) and (module.training or module.running_mean is None)
     ]
     if not found:
         return ""
@@ -246,7 +283,7 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
         sizes = [region.size for region in regions]
         inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *sizes)
     try:
-        with _leaving_no_trace(classifier):
+        with _leaving_no_trace(classifier), _private_randomness(inputs.device):
             logits = _without_dropout(classifier, inputs)
     except (TypeError, RuntimeError) as error:
         # What goes wrong inside a module that could be called says more by itself.
@@ -255,7 +292,10 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
             raise
         told = _FAILED.format(shape=tuple(inputs.shape), dtype=inputs.dtype, error=error)
         raise ValueError(told) from error
-    return _centre(logits, len(vectors), num_classes, regions)
+    logits = _centre(logits, len(vectors), num_classes, regions)
+    if not torch.compiler.is_compiling() and _are_chances(logits.detach()):
+        raise ValueError(_ends_in("a softmax"))
+    return logits
 
 
 def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:
@@ -278,14 +318,17 @@ def is_plain(classifier: object) -> TypeGuard[PixelLinear]:
     """
     if not isinstance(classifier, _PIXEL_LINEAR):
         return False
+    matrix = _stores_weights(classifier) and getattr(classifier, "groups", 1) == 1
+    return _computes_as_torch(classifier) and matrix and not _gathers_by_itself(classifier)
+
+
+def _computes_as_torch(layer: nn.Module) -> bool:
+    """Return whether a linear layer's forward is torch's own, of whatever weight."""
     forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward)
     # The compiler cannot ask an instance for its own forward.
-    own = not torch.compiler.is_compiling() and "forward" in vars(classifier)
-    convolves = getattr(type(classifier), "_conv_forward", None)
-    own = own or convolves not in _CONVOLVES  # weight standardisation, for instance
-    matrix = _stores_weights(classifier) and getattr(classifier, "groups", 1) == 1
-    plain = type(classifier).forward in forwards and not own and matrix
-    return plain and not _gathers_by_itself(classifier)
+    own = not torch.compiler.is_compiling() and "forward" in vars(layer)
+    convolves = getattr(type(layer), "_conv_forward", None)  # not if it standardises weights
+    return type(layer).forward in forwards and not own and convolves in _CONVOLVES
 
 
 def _stores_weights(layer: nn.Module) -> bool:
@@ -324,10 +367,20 @@ def _regions(classifier: Classifier, axes: int) -> list[_Region]:
     """
     seen = [(1, 1)] * axes  # How many places a pixel's answer looks at, and how far it is apart.
     for layer in _modules(classifier):
-        if isinstance(layer, _ConvNd):
+        if isinstance(layer, _ConvNd) and len(layer.kernel_size) == axes:
             each = zip(seen, layer.kernel_size, layer.dilation, layer.stride, strict=True)
             seen = [(n + s * dilation * (k - 1), s * step) for (n, s), k, dilation, step in each]
+        elif isinstance(layer, _POOLS) and layer.stride in (1, (1,) * axes):
+            size: Any = layer.kernel_size
+            sizes = [size] * axes if isinstance(size, int) else [*size]
+            seen = [(n + s * (k - 1), s) for (n, s), k in zip(seen, sizes, strict=True)]
     sizes = [2 * (n + s) - 3 for n, s in seen]
+    if max(sizes) > _WIDEST:
+        raise ValueError(
+            "classifier must be the model's last layer, got one whose convolutions reach over "
+            f"{max(n for n, _ in seen)} places, one after the other. Pass the last linear layer "
+            "alone, and the features that enter it."
+        )
     return [
         _Region(size, (size - n) // s + 1, (size - 1) // s + 1)
         for size, (n, s) in zip(sizes, seen, strict=True)
@@ -364,6 +417,21 @@ def _leaving_no_trace(classifier: object) -> Iterator[None]:
                 vars(module).update(attributes)
                 module._buffers.clear()
                 module._buffers.update(buffers)
+
+
+def _private_randomness(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep what is drawn inside, as by a functional dropout, from moving the global generators."""
+    if torch.compiler.is_compiling() or is_capturing(device):
+        return nullcontext()
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _are_chances(logits: Tensor) -> bool:
+    """Return whether nothing but a softmax gives such values; on a device nothing is read."""
+    if logits.device.type != "cpu" or logits.shape[1] == 1:
+        return False
+    near = bool(((logits.sum(1) - 1).abs() < 1e-3).all())
+    return near and bool(((logits >= 0) & (logits <= 1)).all())
 
 
 def _computing(module: nn.Module) -> dict[int, Any]:

@@ -22,6 +22,9 @@ _ALIKE = 0.3
 _MUCH = 4
 """By how much a head of cosines multiplies, at least; a temperature may be less."""
 
+_LOGITS = ("out", "logits", "seg", "segmentation", "sem_seg", "masks")
+"""Names that models have for their logits, the commonest first."""
+
 _STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
 """Strides that models have."""
 
@@ -38,6 +41,12 @@ _FOLDED = (
     "it gives {} values, which the model folds to {} classes, as where a class has several. Pass "
     "the features to MVSCRegularizer, with num_classes={} and a callable that folds as the model "
     "does."
+)
+_OTHER = (
+    "it gives {} classes, and the model returns {}: another layer, or a product with prototypes or "
+    "texts, follows. Name the layer that makes these (classifier=...), or pass the features, and a "
+    "callable that makes these of them, to MVSCRegularizer. If this layer is meant, name it in "
+    "attach, and all is well."
 )
 _SCALED = (
     "the model multiplies its output by {:.3g}, as heads of cosines do, and L_v would not. Pass "
@@ -97,7 +106,7 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
                 if made(*_readable(answer[:1], each[:1])):
                     classes = each.shape[1]
                     return Verdict(None, text.format(answer.shape[1], classes, classes))
-        return None
+        return _of_other_classes(answer, output)
     exact = [pair for a, b in first for pair in _without_activation(a, b)]
     if any(_is_resized(a, b) for a, b in exact):
         return Verdict(None)
@@ -119,6 +128,39 @@ def compare(answer: Tensor, output: Any) -> Verdict | None:
         "If only a mask, a clamp or a fixed prior follows, all is well."
     )
     return Verdict(None, reason)
+
+
+def _of_other_classes(answer: Tensor, output: Any) -> Verdict | None:
+    """Judge an answer where no part of an output has its classes: is the first a map of others?"""
+    main = next((each for each in tensors_in(logits_in(output)) if each.ndim > 2), None)
+    if main is None or main.ndim != answer.ndim or len(main) != len(answer):
+        return None
+    if answer.shape[1] == 1 or 0 in main.shape:
+        return None  # One logit may be returned as the chances of both classes.
+    return Verdict(None, _OTHER.format(answer.shape[1], tuple(main.shape)))
+
+
+def is_one_of_several(answer: Tensor, output: Any) -> bool:
+    """Return whether an output, in which an answer is, has a map of other classes before it.
+
+    Among names of which none is known, that is any other map of its size.
+    """
+    part = logits_in(output)
+    maps = [each for each in tensors_in(output if part is None else part) if each.ndim > 2]
+    sizes = {each.shape[2:] for each in maps if _pairs(answer, each)}
+    others = maps if part is None else maps[:1]
+    return any(
+        each.ndim == answer.ndim and each.shape[2:] in sizes and not _pairs(answer, each)
+        for each in others
+    )
+
+
+def logits_in(output: Any) -> Any:
+    """Return the part of a model's output whose name is that of logits; all of it without names."""
+    if isinstance(output, Mapping):
+        return next((output[name] for name in _LOGITS if name in output), None)
+    named = getattr(output, "logits", None)
+    return output if named is None else named
 
 
 def sizes_of(answer: Tensor, output: Any) -> tuple[torch.Size, ...]:
@@ -278,8 +320,10 @@ def _is_cut(answer: Tensor, output: Tensor) -> bool:
 def _is_folded(answer: Tensor, output: Tensor) -> bool:
     """Return whether an output is of the largest, or the sum or mean, of several values a class."""
     classes = output.shape[1]
+    if output.ndim != answer.ndim or classes < 2:
+        return False
     several, rest = divmod(answer.shape[1], classes)
-    if output.ndim != answer.ndim or classes < 2 or several < 2 or rest:
+    if several < 2 or rest:
         return False
     # Before the resize, or after it.
     resizes = _RESIZES[answer.ndim - 2] if answer.shape[2:] != output.shape[2:] else []

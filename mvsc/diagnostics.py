@@ -24,7 +24,12 @@ from torch import Tensor
 
 from mvsc import checks, equations
 from mvsc.kernel import segment_sum
-from mvsc.labels import check_label_values, check_labels, default_ignore_index
+from mvsc.labels import (
+    check_label_values,
+    check_labels,
+    check_no_channels,
+    default_ignore_index,
+)
 from mvsc.sampling import ON_GRID, draw_groups, labels_on_grid
 
 _HUGE = 1e15
@@ -481,7 +486,10 @@ def _check_ages(ages: object, labels: object) -> None:
             f"ages must have shape (num_classes,), got {tuple(ages.shape)}. "
             "Keep one age for each class."
         )
-    checks.check_device("labels", check_labels(labels), "ages", ages.device)
+    labels = check_labels(labels)
+    checks.check_device("labels", labels, "ages", ages.device)
+    if labels.device.type == "cpu" and labels.ndim == 4:  # Or a volume.
+        check_no_channels(labels, len(ages))
 
 
 def _check_heatmap(features: object, centroids: object, class_index: object, group: object) -> None:

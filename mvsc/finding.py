@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mvsc.classifier import TRANSPOSED, base_of, is_pixel_linear, widths
-from mvsc.comparing import classes_second, difference, sums_to_one, tensors_in
+from mvsc.comparing import classes_second, difference, logits_in, sums_to_one, tensors_in
 from mvsc.hosts import (
     ASIDE,
     Host,
@@ -30,8 +30,8 @@ _SINGLE = "gives one logit, which stands for two classes"
 
 _LISTED = 12
 
-_LOGITS = ("out", "logits", "seg", "segmentation", "sem_seg", "masks")
-"""Names that models have for their logits, the commonest first."""
+_CHANNELS = 4
+"""Channels that an image may have, where nobody says so."""
 
 
 class ClassifierNotFoundError(ValueError):
@@ -248,6 +248,8 @@ def _candidates(model: nn.Module) -> dict[str, str]:
     candidates, single = {}, {}
     for path, layer in layers.items():
         width = _width_given(layer)
+        if len(read) > 1 and path == read[0][0] and _width_read(layer) <= _CHANNELS:
+            continue  # It reads the image.
         if width < 1 or any(width == other for reader, other in read[1:] if reader != path):
             continue
         if width == 1:
@@ -358,7 +360,9 @@ def _of_several(model: nn.Module, ran: "_Run") -> str | None:
         return None
     candidates = _candidates(model)
     sole = [name for name in given if candidates.get(name) in ("", _SINGLE)]
-    if len(sole) == 1:
+    # Beside a mask, which is one logit, two or three channels may be offsets or colours.
+    few = len(sole) == 1 and given[sole[0]].shape[1] in (2, 3)
+    if len(sole) == 1 and not (few and any(part.shape[1] == 1 for part in given.values())):
         return sole[0]
     why = f"its output is one of {len(given)} maps that the model returns"
     raise _not_found(model, dict.fromkeys(given, why), [])
@@ -416,9 +420,7 @@ def _run(model: nn.Module, example: Any) -> _Run:
     finally:
         for handle in handles:
             handle.remove()
-    named = getattr(output, "logits", None)
-    if isinstance(output, Mapping):
-        named = next((output[name] for name in _LOGITS if name in output), None)
+    named = logits_in(output)
     parts = list(tensors_in(output if named is None else named))
     parts = [part for part in parts if 3 <= part.ndim <= 5]
     if not parts:
@@ -455,6 +457,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.train(modes[model])  # What a layer does in train(), as LoRA that unmerges, is done.
         for module, training in modes.items():
             module.training = training
         for module, name, buffer in kept:

@@ -174,6 +174,11 @@ def speaks_against(path: str) -> str:
     return found[-1] if found else ""
 
 
+def is_auxiliary(path: str) -> bool:
+    """Return whether a layer supervises a map beside that of the logits, by its name."""
+    return speaks_against(path).startswith(("auxiliary", "for deep supervision"))
+
+
 def refusal(model: nn.Module) -> Refusal | None:
     """Return what is known of a model that has no layer that classifies pixels, or None."""
     for path, module in model.named_modules():

@@ -83,6 +83,16 @@ def out_of_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return (labels.clamp(0, num_classes - 1) != labels) & (labels != ignore_index)
 
 
+def check_no_channels(labels: Tensor, num_classes: int) -> None:
+    """Raise if a map or volume of labels is one-hot labels of fewer axes; reads values."""
+    # A few pixels may look so by chance.
+    if labels.ndim > 2 and labels.numel() >= 16 * num_classes and _is_one_hot(labels, num_classes):
+        raise ValueError(
+            f"labels must be class indices, got {tuple(labels.shape)} with a channel for each of "
+            f"the {num_classes} classes. {_of_channels(labels, num_classes)}"
+        )
+
+
 def check_label_values(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise if a label is neither a class nor ``ignore_index``; reads values from the device."""
     bad = out_of_range(labels, num_classes, ignore_index)
@@ -142,7 +152,11 @@ def _of_no_tensor(labels: object, features: Tensor | None) -> str:
         )
     if shapes:
         return "Use torch.stack(labels) for the maps of several images of one size."
-    if isinstance(labels, list | tuple) or hasattr(labels, "__array__"):
+    arrays = ("__array__", "__array_interface__")
+    if any(hasattr(each, name) for each in (labels, *maps) for name in arrays):
+        # Copied: torch takes neither PIL's nor one that is flipped.
+        return "Use torch.as_tensor(np.array(labels))."
+    if isinstance(labels, list | tuple):
         return "Use torch.as_tensor(labels)."
     return "Pass the label map of the batch."
 

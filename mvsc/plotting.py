@@ -6,7 +6,7 @@ pyplot's state is not touched. A figure of four groups is as wide as two columns
 """
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,6 +168,11 @@ def heatmaps(
     _check_names(names, num_classes)
     if isinstance(classes, int):
         raise TypeError(f"classes must be a sequence of indices, got {classes}. Use [{classes}].")
+    if not all(isinstance(each, int) for each in classes):
+        raise TypeError(
+            f"classes must be indices, got {checks.describe(classes)}. Of names use "
+            "[names.index(name) for name in classes]."
+        )
     if len(classes) == 0:
         raise ValueError("classes must hold at least one entry, got none.")
     _check_one_image(features)
@@ -284,9 +289,12 @@ def _check_one_image(features: object) -> None:
     """Raise unless ``features`` is the map of a single image."""
     features = checks.check_feature_map(features)
     if len(features) != 1:
+        remedy = "Index the batch: features[:1]."
+        if features.ndim == 3:
+            remedy = "Without a batch, use features.unsqueeze(0)."
         raise ValueError(
             "features must be those of one image, (1, dim, height, width), "
-            f"got {tuple(features.shape)}. Index the batch: features[:1]."
+            f"got {tuple(features.shape)}. {remedy}"
         )
     if features.ndim != 4:
         slices = features.shape[2]
@@ -304,9 +312,10 @@ def _check_names(names: Sequence[str] | None, count: int) -> None:
     if names is None:
         return
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        values = "names.values()" if isinstance(names, Mapping) else "names"
         raise TypeError(
             f"names must be strings, got {checks.describe(names)}. "
-            "Use [str(name) for name in names]."
+            f"Use [str(name) for name in {values}]."
         )
     if len(names) < count:
         raise ValueError(

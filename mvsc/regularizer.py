@@ -19,10 +19,17 @@ from mvsc.classifier import (
     reads_axes,
     reads_rows,
     what_mixes,
+    without_margin,
 )
 from mvsc.equations import MVSCTerms
 from mvsc.kernel import segment_sum
-from mvsc.labels import check_label_values, check_labels, default_ignore_index, out_of_range
+from mvsc.labels import (
+    check_label_values,
+    check_labels,
+    check_no_channels,
+    default_ignore_index,
+    out_of_range,
+)
 from mvsc.running import is_replaying
 from mvsc.sampling import ON_GRID, draw_groups, draw_halves
 from mvsc.stepping import MakeOptimizer, Stepper
@@ -466,7 +473,7 @@ class MVSCRegularizer(nn.Module):
         ask = partial(classify_vectors, classifier, num_classes=self.num_classes, axes=axes)
         try:
             return self._terms(features, labels, ask, wanted)
-        except (TypeError, ValueError):
+        except Exception:  # a classifier's own may be any
             if self.training and not torch.compiler.is_compiling() and not is_replaying():
                 self.step -= 1
             raise
@@ -548,11 +555,15 @@ class MVSCRegularizer(nn.Module):
         )
         tokens = features.ndim == 3 and (grid is not None or rows or last)
         check_labels(labels, features, tokens, self.num_classes)
+        read = not torch.compiler.is_compiling() and self._watch.may_read(labels)
+        if read and tokens:  # whose labels may have another number of axes
+            check_no_channels(labels, self.num_classes)
         axes = features.ndim - 2
         features = checks.on_grid(features, tuple(labels.shape[1:]), grid, last)
         if reads_axes(classifier) != axes:  # Tokens may be read folded, by a Conv1d, or not.
             axes = features.ndim - 2
         check_classifier(classifier, self.dim, self.num_classes, axes)
+        features = without_margin(classifier, features)
         if torch.compiler.is_compiling():
             self._count_invalid(labels)
             return features, labels, axes
@@ -562,10 +573,10 @@ class MVSCRegularizer(nn.Module):
                 f"{', '.join(_SIZES)} must stay what they were, {self._sizes}, got "
                 f"{(self.num_classes, self.dim, self.groups)}. Build another MVSCRegularizer."
             )
-        self._notice(features, labels, classifier)
+        self._notice(features, labels, classifier, read)
         return features, labels, axes
 
-    def _notice(self, features: Tensor, labels: Tensor, classifier: Classifier) -> None:
+    def _notice(self, features: Tensor, labels: Tensor, classifier: Classifier, read: bool) -> None:
         """Look at what may be wrong without an error; read the labels' values where that is free.
 
         Raises:
@@ -576,7 +587,7 @@ class MVSCRegularizer(nn.Module):
             watch.say("mixing", mixing)
         watch.notice_sizes(tuple(features.shape[2:]), tuple(labels.shape[1:]))
         watch.notice_dtype(labels.dtype, self.num_classes)
-        if watch.may_read(labels):
+        if read:
             check_label_values(labels, self.num_classes, self.ignore_index)
             watch.notice_mask(labels, self.num_classes)
             if self.grid_label == "centre" and labels.shape[1:] != features.shape[2:]:

@@ -76,8 +76,11 @@ def _after_step(host: Optimizer, *_: Any) -> None:
     try:
         pairs = list(_steppers.items())
         # Where several models train in threads, each optimizer is followed in its own.
-        own = [pair for pair in pairs if pair[1].thread == threading.get_ident()]
-        for owner, stepper in own or pairs:
+        # One whose forwards were compiled, or in evaluation mode, has not said in which.
+        here = threading.get_ident()
+        if any(stepper.thread == here for _, stepper in pairs):
+            pairs = [pair for pair in pairs if pair[1].thread in (None, here)]
+        for owner, stepper in pairs:
             stepper.step(owner, host)
     finally:
         _here.stepping = False
@@ -128,7 +131,9 @@ class Stepper:
         device = owner.centroids.device
         self.zero = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         if _hook is None:
-            _hook = register_optimizer_step_post_hook(_after_step)
+            # Not traced into a compiled step; an optimizer, which was made, has loaded Dynamo.
+            after_step: Any = torch.compiler.disable(_after_step)  # type: ignore[no-untyped-call]
+            _hook = register_optimizer_step_post_hook(after_step)
         _steppers[owner] = self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,7 +46,8 @@ _WITHOUT_GRADIENTS = (
     "reg(labels) out; if it is checkpointed, set use_reentrant=False."
 )
 _USED_UP = (
-    "those of the last forward are used up. Call reg(labels) or reg.terms(labels) once for "
+    "those of the last forward are used up, and none of the attached model followed; if a copy of "
+    "it is trained now, attach to that. Call reg(labels) or reg.terms(labels) once for "
     "each forward, and reg.total(terms) for the weighted sum. For two label maps of one forward, "
     "as in MixUp, pass features and classifier to MVSCRegularizer, once for each map; take the "
     "features from the model's parts, since reg.features is detached."
@@ -68,9 +69,10 @@ _NO_TENSOR = (
 )
 _NO_GRADIENT = (
     "The features have no gradient, so the loss could not reach the encoder: all before the "
-    "classifier is frozen, detached, or runs in a reentrant checkpoint. Unfreeze it, or set "
-    "use_reentrant=False. To train the classifier alone, leave reg(labels) out and call "
-    "reg.discard() when the rest trains, or pass features and classifier to MVSCRegularizer."
+    "classifier is frozen, detached, or runs in a reentrant checkpoint; or the layer that was "
+    "taken for it reads the image. Unfreeze it, set use_reentrant=False, or name another. To train "
+    "the classifier alone, leave reg(labels) out and call reg.discard() when the rest trains, or "
+    "pass features and classifier to MVSCRegularizer."
 )
 REPLACED = (
     "The classifier was replaced since it was attached, or has other sizes. Call detach() and "

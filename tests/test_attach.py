@@ -485,6 +485,17 @@ def test_two_forwards_before_one_loss_raise_and_keep_no_graph(images, labels):
     assert reg(labels).item() > 0
 
 
+def test_a_copy_that_is_trained_in_place_of_the_model_is_named_as_a_cause(images, labels):
+    model = Net()
+    reg = attach(model)
+    model(images)
+    reg(labels)
+    model = copy.deepcopy(model)
+    model(images)
+    with pytest.raises(RuntimeError, match="a copy of it is trained now, attach to that"):
+        reg(labels)
+
+
 def test_discard_forgets_a_forward(images, labels):
     model = Net()
     reg = attach(model)
@@ -831,6 +842,28 @@ def test_add_to_loss_leaves_a_step_of_another_head_alone_and_says_so_once(images
     assert len(seen) == 1
     model(images, labels)
     assert reg.regularizer.step == 1
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_add_to_loss_to_a_loss_that_nobody_trains_on_says_so_once(images, labels, trained):
+    model = NetWithLoss()
+    attach(model, add_to_loss=True)
+
+    def step() -> None:
+        output = model(images, labels)
+        own = F.cross_entropy(output.logits, labels, weight=torch.ones(CLASSES))
+        (output.loss if trained else own).backward()
+
+    for _ in range(10):
+        step()
+    if trained:
+        step()
+        return
+    with pytest.warns(UserWarning, match="no backward came through.*add_to_loss=False and") as seen:
+        step()
+    for _ in range(20):
+        step()
+    assert len(seen) == 1
 
 
 def test_add_to_loss_that_never_gets_labels_says_so_once(images, labels):

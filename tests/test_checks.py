@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvsc import MVSCRegularizer
+from mvsc import MVSCRegularizer, diagnostics, segment_mean
 
 FEATURES = torch.zeros(2, 6, 4, 4)
 LABELS = torch.zeros(2, 8, 8, dtype=torch.int64)
@@ -64,6 +64,27 @@ def test_weights_are_not_negative(name):
         MVSCRegularizer(5, 6, **{name: [1]})
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("call", [segment_mean, diagnostics.cell_means])
+def test_features_that_are_not_dense_or_too_narrow_are_named(call):
+    labels = torch.zeros(2, 3, 3, dtype=torch.long)
+    dense = torch.randn(2, 4, 3, 3)
+    for features, word in (
+        (dense.to_sparse(), r"got a torch\.sparse_coo one\. Use features\.to_dense"),
+        (torch.nested.nested_tensor([*dense]), "got a nested one"),
+        (dense.to(torch.float8_e4m3fn), r"16 bits or more, got torch\.float8.*\.bfloat16"),
+    ):
+        with pytest.raises(TypeError, match=f"features must .*{word}"):
+            call(features, labels, 5)
+
+
+def test_a_volume_without_a_batch_is_told_to_get_one():
+    with pytest.raises(ValueError, match=r"one volume alone use volumes\.unsqueeze\(0\)"):
+        MVSCRegularizer(5, 6)(
+            torch.randn(6, 2, 3, 3), torch.zeros(2, 3, 3, dtype=torch.long), nn.Conv3d(6, 5, 1)
+        )
+
+
 def test_choices_are_named():
     with pytest.raises(ValueError, match="align_to must be 'global' or 'group', got 'class'"):
         MVSCRegularizer(5, 6, align_to="class")
@@ -101,7 +122,7 @@ def test_wrong_features_are_named_with_the_remedy(features, error, message):
     ("labels", "error", "message"),
     [
         ([0], TypeError, r"labels must be an integer tensor of class indices, got list \[0\]"),
-        (LABELS[0].numpy(), TypeError, r"got ndarray. Use torch.as_tensor\(labels\)\."),
+        (LABELS[0].numpy(), TypeError, r"got ndarray. Use torch.as_tensor\(np.array\(labels\)\)\."),
         (None, TypeError, r"got NoneType None. Pass the label map of the batch\."),
         (LABELS.float(), TypeError, r"got torch.float32. Use labels.long\(\)"),
         (LABELS.bool(), TypeError, r"got torch.bool. Use labels.long\(\)"),

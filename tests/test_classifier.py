@@ -15,7 +15,13 @@ from torch.testing import assert_close
 
 from mvsc import MVSCRegularizer
 from mvsc.attach import attach
-from mvsc.classifier import check_classifier, classify_vectors, is_sharded, reads_rows
+from mvsc.classifier import (
+    check_classifier,
+    classify_vectors,
+    is_sharded,
+    reads_rows,
+    what_mixes,
+)
 
 CLASSES, DIM = 4, 8
 
@@ -550,3 +556,82 @@ def test_a_convolution_that_computes_its_weight_on_the_way_is_called(compiled):
     layer, vectors = Standardised(DIM, CLASSES, 1), torch.randn(5, DIM)
     ask = torch.compile(classify_vectors, backend="eager") if compiled else classify_vectors
     assert_close(ask(layer, vectors, CLASSES), layer(vectors[..., None, None]).flatten(1))
+
+
+class Functional(nn.Module):
+    """A head whose dropout is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = conv()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(F.dropout2d(features, 0.5, self.training))
+
+
+@pytest.mark.parametrize("wrap", [lambda head: head, lambda head: lambda v: head(v)])
+def test_what_a_classifier_draws_does_not_move_the_global_generator(wrap):
+    classifier = wrap(Functional())
+    before = torch.get_rng_state()
+    classify_vectors(classifier, torch.ones(3, DIM), CLASSES)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_attention_over_channels_has_axes_of_its_own():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, features: Tensor) -> Tensor:
+            weights = self.mix(features.mean((2, 3)).unsqueeze(1)).sigmoid()
+            return features * weights.transpose(1, 2).unsqueeze(-1)
+
+    head = nn.Sequential(Attention(), conv())
+    check_classifier(head, DIM, CLASSES, 2)
+    vectors = torch.randn(3, DIM)
+    expected = head(vectors[:, :, None, None])[:, :, 0, 0]
+    assert_close(classify_vectors(head, vectors, CLASSES), expected)
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 1, 1), nn.MaxPool2d((3, 5), 1, (1, 2))])
+def test_a_pool_that_leaves_the_size_sees_no_padding(pool):
+    head, vectors = nn.Sequential(pool, conv()), torch.randn(3, DIM)
+    assert_close(
+        classify_vectors(head, vectors, CLASSES), classify_vectors(conv(), vectors, CLASSES)
+    )
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda z: F.interpolate(z.softmax(1), scale_factor=1.0),
+        lambda z: torch.cat([1 - z[:, :1].sigmoid(), z[:, :1].sigmoid()], 1),
+    ],
+)
+def test_values_that_only_a_softmax_gives_are_refused(after):
+    def classifier(vectors: Tensor) -> Tensor:
+        return after(F.conv2d(vectors, weight))
+
+    weight = conv().weight
+    classes = after(torch.zeros(1, CLASSES, 1, 1)).shape[1]
+    with pytest.raises(ValueError, match="must return logits, got one that ends in a softmax"):
+        classify_vectors(classifier, torch.randn(3, DIM), classes)
+
+
+def test_a_head_that_reaches_too_far_is_refused_before_it_fills_the_memory():
+    branches = [nn.Conv2d(DIM, DIM, 3, padding=rate, dilation=rate) for rate in (6, 12, 18)]
+    with pytest.raises(ValueError, match=r"reach over 73 places.*Pass the last linear layer alone"):
+        classify_vectors(nn.Sequential(*branches, conv()), torch.randn(3, DIM), CLASSES)
+
+
+def test_a_lazy_classifier_is_told_to_run_first():
+    with pytest.raises(ValueError, match="must know its sizes, got a LazyConv2d that was not cal"):
+        check_classifier(nn.LazyConv2d(CLASSES, 1), DIM, CLASSES, 2)
+
+
+def test_a_frozen_batch_norm_mixes_nothing():
+    head = nn.Sequential(nn.BatchNorm2d(DIM), conv())
+    assert "BatchNorm2d" in what_mixes(head)
+    assert what_mixes(head.eval()) == ""
+    assert "InstanceNorm2d" in what_mixes(nn.Sequential(nn.InstanceNorm2d(DIM), conv()).eval())

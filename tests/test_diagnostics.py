@@ -187,6 +187,12 @@ def test_ages_count_the_steps_since_a_class_was_seen(data):
         assert ages[c] == (since[0] if since else len(steps))
 
 
+def test_ages_of_one_hot_labels_are_refused():
+    hot = torch.nn.functional.one_hot(torch.full((2, 6, 6), 3), 4).movedim(-1, 1)
+    with pytest.raises(ValueError, match=r"labels must be class indices.*labels\.argmax\(1\)"):
+        diagnostics.class_ages(torch.zeros(4, dtype=torch.int64), hot)
+
+
 def test_a_tie_is_a_miss_and_a_single_class_is_a_hit():
     same = torch.ones(1, 2, 3)
     both, one = torch.tensor([[True, True]]), torch.tensor([[False, True]])

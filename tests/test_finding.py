@@ -669,3 +669,68 @@ def test_a_name_speaks_against_a_layer_where_a_word_of_it_begins():
     assert attach(model).classifier_path == "heads_seg"
     model["ds_1"] = nn.Conv2d(DIM, CLASSES, 1)
     assert attach(model).classifier_path == "heads_seg"
+
+
+class Nuclei(nn.Module):
+    """A mask, which is one logit, and distances along both axes: HoVer-Net's idea."""
+
+    def __init__(self, put) -> None:
+        super().__init__()
+        self.encoder, self.put = nn.Conv2d(3, DIM, 3, padding=1), put
+        self.mask, self.distances = nn.Conv2d(DIM, 1, 1), nn.Conv2d(DIM, 2, 1)
+
+    def forward(self, images: Tensor):
+        features = self.encoder(images)
+        return self.put(self.mask(features), self.distances(features))
+
+
+@pytest.mark.parametrize("put", [lambda a, b: (a, b), lambda a, b: {"mask": a, "distances": b}])
+def test_a_mask_beside_two_channels_is_no_example_of_either(images, put):
+    with pytest.raises(
+        ClassifierNotFoundError, match="mask: Conv2d 1x1, 8 -> 1: its output is one"
+    ):
+        attach(Nuclei(put), example=images)
+    assert attach(Nuclei(put), classifier="mask").regularizer.num_classes == 2
+
+
+@pytest.mark.parametrize("put", [lambda a, b: (a, b), lambda a, b: {"mask": a, "distances": b}])
+def test_a_guess_among_several_maps_is_doubted_once_and_a_name_is_not(images, put):
+    model = Nuclei(put)
+    reg = attach(model)
+    doubt = "returns several maps, of other classes than those of 'distances', the only"
+    with pytest.warns(UserWarning, match=doubt) as said:
+        model(images)
+    reg.discard()
+    model(images)
+    assert len(said) == 1
+    reg.detach()
+    attach(model, classifier="distances")
+    model(images)
+
+
+def test_the_layer_that_reads_the_image_is_no_candidate(images):
+    # ENet's first convolution: what it gives is read only beside the pooled image.
+    model = nn.ModuleDict({"first": nn.Conv2d(3, 13, 3), "then": nn.ConvTranspose2d(16, 12, 2, 2)})
+    with pytest.raises(ClassifierNotFoundError, match="none: no linear layer whose output"):
+        attach(model)
+    assert attach(nn.Conv2d(3, CLASSES, 1)).classifier_path == ""
+
+
+def test_an_example_leaves_what_training_mode_computes_as_it_was(images):
+    class Merging(nn.Conv2d):
+        """LoRA that merges in evaluation mode, as loralib writes it."""
+
+        merged = False
+
+        def train(self, mode: bool = True) -> nn.Module:
+            if self.merged == mode:
+                self.weight.data *= 0.5 if mode else 2.0
+                self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(Merging(3, DIM, 3), nn.Conv2d(DIM, CLASSES, 1))
+    model[1].eval()  # On purpose.
+    before = model[0].weight.clone()
+    attach(model, example=images)
+    assert torch.equal(model[0].weight, before)
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)

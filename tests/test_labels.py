@@ -3,9 +3,11 @@
 import ast
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -60,7 +62,7 @@ def follow(labels: object, **options) -> list[object]:
         return [labels]
     ends: list[object] = []
     for expression in remedies(message):
-        names = {"labels": labels, "torch": torch, "ignore_index": 255}
+        names = {"labels": labels, "torch": torch, "np": np, "ignore_index": 255}
         ends += follow(eval(expression, names), **options)
     return ends or [message]
 
@@ -100,6 +102,8 @@ FORMS = {
     "probabilities last": lambda y: F.one_hot(y, CLASSES) * 0.6 + 0.1,
     "probabilities, half": lambda y: (F.one_hot(y, CLASSES).movedim(-1, 1) * 0.6 + 0.1).half(),
     "an array": lambda y: y.numpy(),
+    "a flipped array": lambda y: y.flip(-1).numpy()[..., ::-1],
+    "PIL's pictures": lambda y: [Image.fromarray(each) for each in y.byte().numpy()],
     "a list": lambda y: y.tolist(),
     "a list of maps": lambda y: list(y),
     "a tuple of float maps": lambda y: tuple(y.float()),

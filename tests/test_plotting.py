@@ -226,3 +226,17 @@ def test_a_narrow_image_makes_no_gigantic_figure():
     image, features = torch.rand(3, 4000, 2), torch.randn(1, 4, 40, 2)
     figure = plotting.heatmaps(image, features, torch.randn(2, 3, 4), [0])
     assert figure.get_size_inches()[1] < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"classes": ["b"]}, TypeError, r"classes must be indices.*names\.index\(name\)"),
+        ({"names": dict(enumerate(NAMES))}, TypeError, r"for name in names\.values\(\)"),
+        ({"features": FEATURES[0]}, ValueError, r"Without a batch, use features\.unsqueeze\(0\)"),
+    ],
+)
+def test_what_a_config_or_a_single_image_gives_is_told_how_to_be_passed(options, error, match):
+    given = {"features": FEATURES, "classes": [1]} | options
+    with pytest.raises(error, match=match):
+        plotting.heatmaps(IMAGES[0], centroids=CENTROIDS, **given)

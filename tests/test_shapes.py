@@ -108,6 +108,72 @@ def test_a_given_grid_may_have_another_ratio_than_the_labels():
     check_by_oracle(step)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("size", [(36,), (48, 48)], ids=["rows", "maps"])
+def test_one_hot_labels_of_tokens_are_no_map_of_0_and_1(size, axis):
+    # 36 tokens and 4 classes can be read as a map, 16 classes and 16 x 16 patches as a volume.
+    classes = 4 if len(size) == 1 else 16
+    labels = torch.randint(0, classes, (2, *size))
+    hot = F.one_hot(labels, classes).movedim(-1, axis)
+    reg, linear = MVSCRegularizer(classes, DIM), nn.Linear(DIM, classes)
+    tokens = torch.randn(2, 36 if len(size) == 1 else 9, DIM)
+    with pytest.raises(ValueError, match=rf"a channel for each of the .*labels.argmax\({axis}\)"):
+        reg(tokens, hot, linear)
+    with pytest.raises(ValueError, match=rf"labels.argmax\({axis}\)"):
+        reg(tokens, hot, linear, grid=(1, 6, 6))
+    assert reg.step == 0
+    assert reg(tokens, labels, linear) > 0
+
+
+def margin_of(kernel, padding, dilation=1, kind=nn.Conv2d):
+    layer = kind(DIM, CLASSES, kernel, padding=padding, dilation=dilation).double()
+    return layer, layer(torch.zeros(1, DIM, *[16] * len(layer.kernel_size)).double()).shape[2]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    ("kind", "kernel", "padding", "dilation"),
+    [
+        (nn.Conv2d, 3, 0, 1),
+        (nn.Conv2d, 7, "valid", 1),
+        (nn.Conv2d, 3, 1, 2),
+        (nn.Conv2d, 4, 1, 1),
+        (nn.Conv2d, 4, "same", 1),
+        (nn.Conv2d, 3, 2, 1),
+        (nn.Conv1d, 5, 0, 1),
+        (nn.Conv3d, 3, 0, 1),
+    ],
+)
+def test_labels_belong_to_the_features_at_which_logits_have_their_centre(
+    kind, kernel, padding, dilation
+):
+    layer, places = margin_of(kernel, padding, dilation, kind)
+    axes = len(layer.kernel_size)
+    # A feature holds its place along each axis, and a label the place of its logit's centre.
+    first = max((16 - places) // 2, 0)
+    features = torch.randn(2, DIM, *[16] * axes, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (2, *[places] * axes))
+    cut = features[(..., *[slice(first, first + places)] * axes)]
+    found = MVSCRegularizer(CLASSES, DIM, 1).cell_means  # of whatever is left
+    seen = []
+    reg = MVSCRegularizer(CLASSES, DIM, 1)
+    reg.cell_means = lambda features, labels: seen.append(features) or found(features, labels)
+    reg(features, labels, layer)
+    assert_close(seen[0], cut, rtol=0, atol=0)
+
+
+def test_a_convolution_that_pads_by_itself_has_no_margin():
+    class Same(nn.Conv2d):
+        def forward(self, features):
+            return super().forward(F.pad(features, (1, 1, 1, 1)))
+
+    torch.manual_seed(0)
+    features, labels = torch.randn(2, DIM, 8, 8), torch.randint(0, CLASSES, (2, 8, 8))
+    own, padded = Same(DIM, CLASSES, 3), nn.Conv2d(DIM, CLASSES, 3, padding=1)
+    losses = [MVSCRegularizer(CLASSES, DIM).terms(features, labels, c).align for c in (own, padded)]
+    assert_close(*losses)
+
+
 def test_tokens_whose_channels_come_second_take_a_grid_too():
     step = step_of((6,), (6, 4), grid=(3, 2))
     assert isinstance(step.classifier, nn.Conv1d)

@@ -574,6 +574,34 @@ def test_an_optimizer_without_a_rate_is_none_of_ours():
         run.optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", ["compiled", "evaluation"])
+def test_one_that_lives_on_in_this_thread_does_not_take_the_steps_of_another(how):
+    kept, alone = Run(SGD, SGD), Run(SGD, SGD)
+    kept.step()
+    before = alone.tensors[0].clone()
+    if how == "compiled":
+        torch.compiler.reset()
+        alone.reg.regularizer.compile(backend="eager")
+    else:
+        alone.reg.regularizer.eval()
+    alone.step()
+    assert not torch.equal(alone.tensors[0], before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_step_of_the_model_s_optimizer_is_followed_and_not_traced():
+    runs = [Run(SGD, SGD), Run(SGD, SGD)]
+    torch.compiler.reset()
+    compiled = torch.compile(runs[1].optimizer.step, backend="eager")
+    for number in range(3):
+        for run, step in zip(runs, (runs[0].optimizer.step, compiled), strict=True):
+            run.optimizer.zero_grad()
+            run.loss(number).backward()
+            step()
+    assert_same(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
 def test_two_regularizers_step_along_their_own_gradients_only():
     alone, pair = Run(SGD, SGD), [Run(SGD, SGD), Run(ADAMW, SGD)]
     for run in [alone, *pair]:

@@ -333,6 +333,57 @@ def test_a_classifier_whose_answer_is_not_what_is_returned_is_doubted_once(
     assert seen[0].filename == __file__
 
 
+class Prototypes(Net):
+    """Compares an embedding with prototypes, as heads with text embeddings do."""
+
+    def __init__(self, put) -> None:
+        super().__init__(classes=7)
+        self.prototypes, self.put = nn.Parameter(torch.randn(CLASSES, 7)), put
+
+    def forward(self, images: Tensor):
+        logits = torch.einsum("bdhw,cd->bchw", super().forward(images), self.prototypes)
+        return self.put(logits)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [lambda z: z, lambda z: (z, z.mean()), lambda z: {"loss": z.mean(), "out": z}],
+    ids=["alone", "tuple", "named"],
+)
+def test_an_embedding_whose_width_is_not_that_of_the_classes_is_doubted_once(images, put):
+    model = Prototypes(put)
+    reg = attach(model)
+    with pytest.warns(UserWarning, match=r"7 classes, and the model returns \(2, 5, ") as seen:
+        model(images)
+    reg.discard()
+    model(images)
+    assert len(seen) == 1
+
+
+def test_a_map_of_another_kind_beside_a_loss_is_not_taken_for_logits(images):
+    model = Prototypes(
+        lambda z: {"loss": z.mean(), "depth": z[:, :1], "boxes": z[:, :0].flatten(2)}
+    )
+    reg = attach(model)
+    model(images)
+    reg.discard()
+
+
+def test_part_of_a_name_that_is_no_auxiliary_heads_silences_nothing(images):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn_unet = Net()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return 16 * self.attn_unet(images)
+
+    model = Scaled()
+    attach(model, classifier="attn_unet.classifier")
+    with pytest.warns(UserWarning, match="multiplies its output by 16"):
+        model(images)
+
+
 def upsampled(mode: str, **options: object):
     return lambda z: F.interpolate(z, size=(37, 50), mode=mode, **options)
 

@@ -33,8 +33,8 @@ def attach_to_trainer(
     decay; each checkpoint holds them in a file of their own, ``mvsc.pt``, from which a resumed
     training goes on. The model's files stay what they were. Works under torchrun (DDP), and with
     accumulated gradients: over the parts of a step the loss is averaged, also for a model whose
-    own loss the Trainer adds up. With FSDP2 and DeepSpeed the centroids get an optimizer of their
-    own, see :class:`mvsc.MVSCRegularizer`.
+    own loss the Trainer adds up. With FSDP2, DeepSpeed and layer-wise optimizers the centroids get
+    an optimizer of their own, see :class:`mvsc.MVSCRegularizer`.
 
     Args:
         trainer: the Trainer, with its model on its device.
@@ -99,12 +99,14 @@ def _checked(trainer: Trainer, add_to_loss: bool, options: dict[str, Any]) -> di
             "trainer must shard its model by FSDP2, got FSDP1, whose classifier has no weights "
             'outside of forward. Use fsdp_config={"version": 2}.'
         )
-    if fsdp is not None or trainer.is_deepspeed_enabled:
+    # A layer-wise optimizer steps in backward, and the one that the Trainer sees does nothing.
+    layer_wise = str(getattr(trainer.args.optim, "value", trainer.args.optim)).endswith("layerwise")
+    if fsdp is not None or trainer.is_deepspeed_enabled or layer_wise:
         options = {"optimizer": "own"} | options
         if options["optimizer"] == "host":
             raise ValueError(
-                'optimizer must be "own" with FSDP and DeepSpeed, whose optimizer takes the '
-                'parameters of the model only, got "host". Leave it out.'
+                'optimizer must be "own" with FSDP, DeepSpeed and layer-wise optimizers, which '
+                'take the parameters of the model only, got "host". Leave it out.'
             )
     if trainer.model_init is not None:
         raise ValueError(
