@@ -113,6 +113,15 @@ def reads_rows(classifier: object) -> bool:
     return bool(kinds) and all(issubclass(kind, nn.Linear) for kind in kinds)
 
 
+def is_channels_last(layer: nn.Module, shape: torch.Size, width: int) -> bool:
+    """Return whether a layer's map of that shape, ``width`` wide, has its channels last.
+
+    As a Linear's, unless it was made to read them first, as VMamba's.
+    """
+    first = len(shape) > 2 and shape[1] == width != shape[-1]
+    return reads_rows(layer) and not first
+
+
 def reads_axes(classifier: object) -> int | None:
     """Return how many spatial axes the convolutions of a module read; None if it has none."""
     for layer in _modules(classifier):
@@ -284,7 +293,7 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
         inputs = inputs.reshape(*inputs.shape, *[1] * axes).repeat(1, 1, *sizes)
     try:
         with _leaving_no_trace(classifier), _private_randomness(inputs.device):
-            logits = _without_dropout(classifier, inputs)
+            logits = _answer(classifier, inputs, axes)
     except (TypeError, RuntimeError) as error:
         # What goes wrong inside a module that could be called says more by itself.
         whole = isinstance(classifier, nn.Module) and not isinstance(error, TypeError)
@@ -296,6 +305,26 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
     if not torch.compiler.is_compiling() and _are_chances(logits.detach()):
         raise ValueError(_ends_in("a softmax"))
     return logits
+
+
+def _answer(classifier: Classifier, inputs: Tensor, axes: int) -> Any:
+    """Call a classifier; a module that reads neither is asked about rows in place of maps, or maps.
+
+    So one that permutes around a Linear, and one of a weight of its own.
+    """
+    try:
+        return _without_dropout(classifier, inputs)
+    except (RuntimeError, IndexError) as error:
+        known = not isinstance(classifier, nn.Module) or _computes_as_torch(classifier)
+        if known or isinstance(error, torch.OutOfMemoryError):
+            raise
+        maps = inputs.ndim > 2
+        other = inputs.flatten(2)[..., 0] if maps else inputs.reshape(*inputs.shape, *[1] * axes)
+        try:
+            answer = _without_dropout(classifier, other)
+        except Exception:
+            raise error from None
+        return answer.flatten(1) if isinstance(answer, Tensor) else answer
 
 
 def _without_dropout(classifier: Classifier, inputs: Tensor) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvsc.checks import grid_of_ratio, on_grid
-from mvsc.classifier import AUXILIARY, reads_rows
+from mvsc.classifier import AUXILIARY, is_channels_last, widths
 
 _SAME = 1e-3
 """Relative distance up to which a layer's resized output is taken for the logits."""
@@ -56,7 +56,8 @@ _SCALED = (
 
 def classes_second(layer: nn.Module, output: Tensor) -> Tensor:
     """Return the output of a linear layer as ``(batch, classes, *spatial)``, a view."""
-    return output.movedim(-1, 1) if reads_rows(layer) and output.ndim > 2 else output
+    last = output.ndim > 2 and is_channels_last(layer, output.shape, widths(layer)[1])
+    return output.movedim(-1, 1) if last else output
 
 
 def difference(answers: list[Tensor], logits: Tensor) -> str:

@@ -10,14 +10,14 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from mvsc.classifier import base_of, is_sharded, reads_rows
+from mvsc.classifier import base_of, is_channels_last, is_sharded, widths
 from mvsc.hosts import HOSTS
 from mvsc.running import is_plain_eager, is_replaying
 from mvsc.watch import Watch
@@ -226,14 +226,15 @@ class Tap:
 
     def use(self, call: Callable[..., Any], labels: Tensor, **options: Any) -> Any:
         """Return ``call(features, labels, classifier)``; the features are used up by it."""
-        version, classifier = self.version, self.classifier
-        taken = self._take()
+        version, taken = self.version, self._take()
+        classifier = cast(nn.Module, self.classifier)
         features = taken
         if self.padded is not None and isinstance(labels, Tensor):
             self.watch.notice_padding(*self.padded, tuple(labels.shape[1:]))
         if hasattr(features, "full_tensor"):
             features = features.full_tensor()  # of a classifier that tensor parallelism has split
-        options["channels_last"] = reads_rows(classifier)
+        width = widths(classifier)[0]
+        options["channels_last"] = is_channels_last(classifier, features.shape, width)
         self.working = True  # The call may ask the classifier too: that is no forward.
         try:
             return call(features, labels, classifier, **options)
@@ -258,7 +259,8 @@ class Tap:
                 "There are no features to look at: the model was not called since, or ran compiled "
                 "in evaluation mode. Call it first."
             )
-        return seen.movedim(-1, 1) if reads_rows(self.classifier) else seen
+        last = is_channels_last(self.classifier, seen.shape, widths(self.classifier)[0])
+        return seen.movedim(-1, 1) if last else seen
 
     def _take(self) -> Tensor:
         features, version = self.features, self.version

@@ -635,3 +635,55 @@ def test_a_frozen_batch_norm_mixes_nothing():
     assert "BatchNorm2d" in what_mixes(head)
     assert what_mixes(head.eval()) == ""
     assert "InstanceNorm2d" in what_mixes(nn.Sequential(nn.InstanceNorm2d(DIM), conv()).eval())
+
+
+class Folded(nn.Linear):
+    """A Linear that reads maps, as VMamba writes it."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.conv2d(features, self.weight[:, :, None, None], self.bias)
+
+
+class Around(nn.Module):
+    """A head that reads maps and permutes around its Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(DIM, CLASSES)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Cosine(nn.Module):
+    """A head of a weight of its own, which reads rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CLASSES, DIM))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return F.linear(F.normalize(rows, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+@pytest.mark.parametrize("make", [lambda: Folded(DIM, CLASSES), Around, Cosine])
+def test_a_module_is_asked_about_rows_or_maps_as_it_reads_them(make):
+    head, vectors = make(), torch.randn(3, DIM)
+    maps = vectors if isinstance(head, Cosine) else vectors[:, :, None, None]
+    assert_close(classify_vectors(head, vectors, CLASSES), head(maps).flatten(1))
+
+
+def test_what_fails_in_both_ways_says_so_as_it_fails_in_its_own():
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 8"):
+        classify_vectors(nn.Sequential(nn.Conv2d(3, DIM, 1), conv()), torch.randn(3, DIM), CLASSES)
+
+
+def test_an_attached_linear_that_reads_maps_has_their_channels_second():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, DIM, 1), Folded(DIM, CLASSES))
+    images, labels = torch.randn(2, 3, 5, 6), torch.randint(0, CLASSES, (2, 5, 6))
+    reg, explicit = attach(model, classifier="1"), MVSCRegularizer(CLASSES, DIM)
+    model(images)
+    features = model[0](images)
+    assert_close(reg.features, features.detach())
+    assert_close(reg(labels), explicit(features, labels, lambda v: model[1](v)))

@@ -445,6 +445,16 @@ def test_a_trainer_with_its_own_optimizer_gets_the_centroids_too(make_trainer):
     assert any(p is reg.regularizer.centroids for p in optimizer.param_groups[-1]["params"])
 
 
+def test_beside_a_layer_wise_optimizer_the_centroids_have_their_own(make_trainer):
+    # The Trainer sees a dummy that never steps.
+    trainer = make_trainer(optim="galore_adamw_layerwise", optim_target_modules=["mlp"])
+    reg = attach_to_trainer(trainer)
+    assert not [*reg.parameters()]
+    reg.detach()
+    with pytest.raises(ValueError, match='"own" with FSDP, DeepSpeed and layer-wise optimizers'):
+        attach_to_trainer(trainer, optimizer="host")
+
+
 def test_a_trainer_with_its_own_scheduler_is_refused(make_trainer):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
