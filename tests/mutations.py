@@ -37,6 +37,7 @@ TESTS = (
     "attach",
     "distributed",
     "attach_distributed",
+    "shapes",
 )
 FIRST = {
     "hosts": "finding",
@@ -125,7 +126,7 @@ BUGS = [
     ("stepping", "return torch.where(finite, mean, 0.0), finite", "return mean, finite", "an overflow reaches the centroids"),
     ("stepping", "count = torch.zeros((), dtype=torch.float32)", "count = torch.ones((), dtype=torch.float32)", "AdamW begins at its second step"),
     ("stepping", "if centroids.grad is not None:", "if True:", "a step without a backward"),
-    ("tap", '        options["channels_last"] = reads_rows(classifier)\n', '        options["channels_last"] = False\n', "channels of a Linear's input taken for rows"),
+    ("tap", '        options["channels_last"] = is_channels_last(classifier, features.shape, width)\n', '        options["channels_last"] = False\n', "channels of a Linear's input taken for rows"),
     ("attach", "            if same and not torch.allclose(", "            if False and not torch.allclose(", "a hook that changes the answer goes unnoticed"),
     ("attach", "        len(parts) == 2\n", "        False\n", "LoRA of two layers goes unnoticed"),
     ("tap", "            if other.replaced():", "            if False:", "hooks of a classifier that was replaced stay"),
@@ -215,7 +216,7 @@ BUGS = [
     ("sampling", "    return torch.where(reached, winner, centres)", "    return winner", "a map finer than its labels loses pixels"),
     ("tap", '        return getattr, (nullcontext(), "__exit__")', "        return nullcontext, ()", "the hook in a copy cannot be called"),
     ("tap", "            self.seen = None  # Not a map", "            pass  # Not a map", "the features outlive the next forward's begin"),
-    ("tap", "return seen.movedim(-1, 1) if reads_rows(self.classifier) else seen", "return seen", "features of a Linear are looked at channels last"),
+    ("tap", "return seen.movedim(-1, 1) if last else seen", "return seen", "features of a Linear are looked at channels last"),
     ("add_to_loss", "elif output is None or labels is None:", "elif output is None and labels is None:", "a forward without labels, or one that failed, is a step"),
     ("attach", "if found is not None and (found.certain or not self.verdicts) and not named:", "if False:", "a residual head goes unnoticed"),
     ("attach", "        except RuntimeError:  # Of tensors", "        except ZeroDivisionError:  # Of tensors", "the first forward's check ends a forward"),
@@ -269,6 +270,7 @@ BUGS = [
     ("comparing", "if each.ndim == 3 < answer.ndim:", "if False:", "rows behind an upsampling are doubted"),
     ("comparing", "any(float((each.argmax(1) == best)", "all(float((each.argmax(1) == best)", "an activation behind an upsampling is doubted"),
     ("classifier", "if whole or isinstance(error, torch.OutOfMemoryError):", "if whole:", "memory that runs out is taken for a wrong classifier"),
+    ("classifier", "other = inputs.flatten(2)[..., 0] if maps else", "other = inputs if maps else", "a head of rows is asked about maps only"),
     ("classifier", "if 0 < left < features.shape[axis + 2]:", "if False:", "labels are stretched over the margin of a convolution without padding"),
     ("regularizer", "if read and tokens:", "if False:", "one-hot labels of tokens are read as a map"),
     ("comparing", "return _of_other_classes(answer, output)", "return None", "an embedding is not doubted"),
