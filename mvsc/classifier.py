@@ -397,12 +397,15 @@ def _regions(classifier: Classifier, axes: int) -> list[_Region]:
     seen = [(1, 1)] * axes  # How many places a pixel's answer looks at, and how far it is apart.
     for layer in _modules(classifier):
         if isinstance(layer, _ConvNd) and len(layer.kernel_size) == axes:
-            each = zip(seen, layer.kernel_size, layer.dilation, layer.stride, strict=True)
-            seen = [(n + s * dilation * (k - 1), s * step) for (n, s), k, dilation, step in each]
+            kernel: Any = layer.kernel_size
+            dilation, stride = layer.dilation, layer.stride
         elif isinstance(layer, _POOLS) and layer.stride in (1, (1,) * axes):
-            size: Any = layer.kernel_size
-            sizes = [size] * axes if isinstance(size, int) else [*size]
-            seen = [(n + s * (k - 1), s) for (n, s), k in zip(seen, sizes, strict=True)]
+            kernel, dilation, stride = layer.kernel_size, (1,) * axes, (1,) * axes
+            kernel = (kernel,) * axes if isinstance(kernel, int) else kernel
+        else:
+            continue
+        each = zip(seen, kernel, dilation, stride, strict=True)
+        seen = [(n + s * apart * (k - 1), s * step) for (n, s), k, apart, step in each]
     sizes = [2 * (n + s) - 3 for n, s in seen]
     if max(sizes) > _WIDEST:
         raise ValueError(

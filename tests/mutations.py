@@ -184,7 +184,7 @@ BUGS = [
     ("distributed", "if not torch.equal(_bits(copied), _bits(copies[0])):", "if not torch.equal(copied, copies[0]):", "NaN in every process is taken for drift"),
     ("distributed", '    if not hasattr(parameter, "device_mesh"):', "    if True:", "the initial centroids of a shard are those of the whole"),
     ("kernel", "            total = sums if total is None else total.add_(sums)\n    assert", "            total = sums\n    assert", "a block is lost on a GPU"),
-    ("classifier", "n + s * dilation * (k - 1), s * step", "n, s * step", "a k x k convolution in a Sequential sees a border of zeros"),
+    ("classifier", "n + s * apart * (k - 1), s * step", "n, s * step", "a k x k convolution in a Sequential sees a border of zeros"),
     ("attach", "        if name in _SETTINGS:", "        if False:", "a setting that is set in vain"),
     ("attach", "        if options.get(name, found) != found:", "        if False:", "a single logit, or other classes than the user said, are taken"),
     ("tap", "if not torch.compiler.is_compiling() and self.replaced():", "if False:", "a classifier that was replaced goes unnoticed"),
