@@ -23,6 +23,10 @@ __all__ = ["AttachedRegularizer", "ClassifierNotFoundError", "attach", "detach"]
 
 logger = logging.getLogger("mvsc")
 
+_PRE_HOOKED = (
+    "a forward pre-hook on the classifier changes what enters it, after it was taken. Attach when "
+    "that hook is there."
+)
 _HOOKED = (
     "a forward hook on the classifier changes its answer, and L_v asks the layer without hooks, "
     "which are not to see the centroids. Make it a part of a callable, and pass features and that "
@@ -278,7 +282,9 @@ class _FirstForward:
             self.answer = classes_second(module, output.detach()) if tensor else None
 
     def _notice_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Warn if a hook of somebody else has changed the answer of a layer that L_v asks alone."""
+        """Warn if a hook of somebody else has changed what entered the layer, or its answer."""
+        if args and isinstance(args[0], Tensor) and not self.tap.took(args[0]):
+            self.tap.watch.say("pre-hook", _PRE_HOOKED)
         others = [hook for hook in module._forward_hooks.values() if not isinstance(hook, Hook)]
         if not others or not args or not is_plain(module) or is_sharded(module):
             return

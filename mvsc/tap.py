@@ -213,6 +213,7 @@ class Tap:
         self.features: Tensor | None = None
         self.version: int | None = None
         self.forwards = 0
+        self.behind_dropout = False
         self.missing = missing
         self.entering: Tensor | None = None
         self.dropped: list[_Dropped] = []
@@ -282,6 +283,12 @@ class Tap:
             self.seen = features.detach()
         return features
 
+    def took(self, entered: Tensor) -> bool:
+        """Return whether what entered the classifier in the end was taken, or came of that."""
+        if self.features is None or self.behind_dropout:
+            return True
+        return _is_same(self.features, self.version, entered)
+
     def replaced(self) -> bool:
         """Return whether another layer stands where the classifier was, or one of other sizes."""
         model, classifier = self.model(), self.classifier
@@ -348,7 +355,8 @@ class Tap:
             self.clear(_NO_TENSOR.format(kind=type(features).__name__))
             return
         # Whether a dropout near the classifier really precedes it shows here and only here.
-        features = self._before_dropouts(features)
+        given, features = features, self._before_dropouts(features)
+        self.behind_dropout = given is not features
         # Of two forwards neither is kept: a graph that nobody asks for would stay alive.
         self.forwards = min(self.forwards + 1, 2)
         self.features = features if self.forwards == 1 else None

@@ -369,6 +369,25 @@ def test_a_map_of_another_kind_beside_a_loss_is_not_taken_for_logits(images):
     reg.discard()
 
 
+def test_a_pre_hook_that_changes_what_was_taken_is_noticed_once(images):
+    def scaled(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (10 * args[0],)
+
+    for first in (True, False):
+        model = Net()
+        if first:
+            model.classifier.register_forward_pre_hook(scaled)
+        reg = attach(model)
+        model.classifier.register_full_backward_hook(lambda *_: None)  # Makes a view.
+        model.classifier.register_forward_pre_hook(lambda *_: None)
+        if not first:
+            model.classifier.register_forward_pre_hook(scaled)
+            with pytest.warns(UserWarning, match="pre-hook on the classifier changes.*is there"):
+                model(images)
+            reg.discard()
+        model(images)
+
+
 def test_part_of_a_name_that_is_no_auxiliary_heads_silences_nothing(images):
     class Scaled(nn.Module):
         def __init__(self) -> None:
