@@ -152,13 +152,18 @@ def _of_no_tensor(labels: object, features: Tensor | None) -> str:
         )
     if shapes:
         return "Use torch.stack(labels) for the maps of several images of one size."
-    arrays = ("__array__", "__array_interface__")
-    if any(hasattr(each, name) for each in (labels, *maps) for name in arrays):
-        # Copied: torch takes neither PIL's nor one that is flipped.
+    # Copied: torch takes neither PIL's nor one that is flipped.
+    if _is_array(labels):
         return "Use torch.as_tensor(np.array(labels))."
+    if maps and all(map(_is_array, maps)):
+        return "Use torch.stack([torch.as_tensor(np.array(each)) for each in labels])."
     if isinstance(labels, list | tuple):
         return "Use torch.as_tensor(labels)."
     return "Pass the label map of the batch."
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "__array__") or hasattr(value, "__array_interface__")
 
 
 def _of_batch(labels: Tensor, features: Tensor) -> str:
