@@ -132,7 +132,8 @@ def test_compactness_and_separation_of_any_map_are_numpys(step):
     apart = [1 - cosine(direction[a], direction[b]) for a, b in itertools.permutations(unit, 2)]
     assert counts.tolist() == [len(each) for each in pixels.values()]
     close(diagnostics.compactness(means, counts), average(own))
-    close(diagnostics.separation(means, counts), average(apart))
+    # Directions that cancel out leave a mean of rounding, whose own direction is that of noise.
+    close(diagnostics.separation(means, counts), average(apart), rtol=1e-7)
 
 
 def test_unit_means_of_batches_add_up_to_those_of_all_images():
