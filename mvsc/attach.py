@@ -12,8 +12,8 @@ from mvsc.add_to_loss import AddToLoss
 from mvsc.classifier import is_pixel_linear, is_plain, is_sharded, tensors_of, widths
 from mvsc.comparing import Verdict, classes_second, compare, is_one_of_several, sizes_of
 from mvsc.equations import MVSCTerms
-from mvsc.finding import ClassifierNotFoundError, find_classifier
-from mvsc.hosts import HOSTS, host_of, is_auxiliary
+from mvsc.finding import ClassifierNotFoundError, find_classifier, hosts_in
+from mvsc.hosts import HOSTS, is_auxiliary
 from mvsc.regularizer import MVSCRegularizer
 from mvsc.running import is_capturing
 from mvsc.tap import DATA_PARALLEL, DISCARDED, Hook, Tap, strip
@@ -112,7 +112,7 @@ def attach(
             )
     regularizer = MVSCRegularizer(groups=groups, **(options | sizes))
     device = tensors_of(layer)[0].device
-    guessed = classifier is example is None and not any(map(host_of, model.modules()))
+    guessed = classifier is example is None and not hosts_in(model)
     return AttachedRegularizer(model, path, regularizer.to(device), add_to_loss, guessed)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NO_MAP = "Pass the input of the classifier, not labels or predictions."
+
 
 def check_positive_int(name: str, value: object) -> None:
     """Raise unless ``value`` is an int, at least 1."""
@@ -81,10 +83,15 @@ def check_device(name: str, tensor: Tensor, owner: str, device: torch.device) ->
         )
 
 
-def check_feature_map(features: object, channels_last: bool = False) -> Tensor:
+def check_feature_map(features: object) -> Tensor:
     """Raise unless ``features`` is a floating tensor with one to three spatial axes; return it."""
-    remedy = "Pass the input of the classifier, not labels or predictions."
-    features = check_floating("features", features, remedy)
+    features = check_floating("features", features, _NO_MAP)
+    _check_axes(features, channels_last=False)
+    return features
+
+
+def _check_axes(features: Tensor, channels_last: bool) -> None:
+    """Raise unless a map has one to three spatial axes, and something in each axis."""
     if not 3 <= features.ndim <= 5:
         raise ValueError(
             "features must have shape (batch, dim, *spatial) with one to three spatial axes, got "
@@ -95,7 +102,6 @@ def check_feature_map(features: object, channels_last: bool = False) -> Tensor:
             f"features must have at least one channel and one place in each spatial axis, got "
             f"{tuple(features.shape)}."
         )
-    return features
 
 
 def check_features(
@@ -118,10 +124,10 @@ def check_features(
     Returns:
         A view of shape ``(batch, dim, *spatial)``, and whether the channels came last.
     """
-    check_dense("features", features)
-    shape = tuple(features.shape) if isinstance(features, Tensor) else ()
+    features = check_floating("features", features, _NO_MAP)
+    shape = tuple(features.shape)
     last = rows and shape[-1:] == (dim,) if channels_last is None else bool(channels_last)
-    features = check_feature_map(features, last)
+    _check_axes(features, last)
     if channels_last is None and last and shape[1] == dim:
         raise ValueError(
             f"features of shape {shape} can be read both as (batch, dim, *spatial) and as "
@@ -213,6 +219,11 @@ def missing_extra(module: str, package: str, extra: str) -> str:
 def is_integer(tensor: Tensor) -> bool:
     """Return whether a tensor holds integers; a mask does not."""
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def sums_to_one(values: Tensor, axis: int, near: float) -> bool:
+    """Return whether an axis holds the chances of classes everywhere, or one class that is 1."""
+    return bool(((values.sum(axis) - 1).abs() < near).all())
 
 
 def kind(value: object) -> str:

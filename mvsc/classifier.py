@@ -210,12 +210,12 @@ def check_classifier(classifier: object, dim: int, num_classes: int, axes: int) 
     if not is_pixel_linear(classifier):
         return
     width, classes = widths(classifier)
-    if width != dim and any(map(is_lazy, classifier.parameters())):
-        raise ValueError(
-            f"classifier must know its sizes, got a {type(classifier).__name__} that was not "
-            "called. Run one forward of the model first."
-        )
     if width != dim:
+        if any(map(is_lazy, classifier.parameters())):
+            raise ValueError(
+                f"classifier must know its sizes, got a {type(classifier).__name__} that was not "
+                "called. Run one forward of the model first."
+            )
         raise ValueError(
             f"classifier must take dim={dim} features, got one that takes {width}. "
             "Pass the layer that reads the features you pass."
@@ -308,9 +308,10 @@ def _call(classifier: Classifier, vectors: Tensor, num_classes: int, axes: int) 
 
 
 def _answer(classifier: Classifier, inputs: Tensor, axes: int) -> Any:
-    """Call a classifier; a module that reads neither is asked about rows in place of maps, or maps.
+    """Call a classifier; a module that fails is asked about rows in place of maps, or maps.
 
-    So one that permutes around a Linear, and one of a weight of its own.
+    Nothing tells which of them is read by one that permutes around a Linear, or has a weight of its
+    own.
     """
     try:
         return _without_dropout(classifier, inputs)
@@ -462,8 +463,8 @@ def _are_chances(logits: Tensor) -> bool:
     """Return whether nothing but a softmax gives such values; on a device nothing is read."""
     if logits.device.type != "cpu" or logits.shape[1] == 1:
         return False
-    near = bool(((logits.sum(1) - 1).abs() < 1e-3).all())
-    return near and bool(((logits >= 0) & (logits <= 1)).all())
+    inside = bool(((logits >= 0) & (logits <= 1)).all())
+    return inside and checks.sums_to_one(logits, 1, near=1e-3)
 
 
 def _computing(module: nn.Module) -> dict[int, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvsc.checks import grid_of_ratio, on_grid
+from mvsc.checks import grid_of_ratio, on_grid, sums_to_one
 from mvsc.classifier import AUXILIARY, is_channels_last, widths
 
 _SAME = 1e-3
@@ -24,6 +24,9 @@ _MUCH = 4
 
 _LOGITS = ("out", "logits", "seg", "segmentation", "sem_seg", "masks")
 """Names that models have for their logits, the commonest first."""
+
+SOFTMAX = 1e-2
+"""Up to which distance chances that a model returns sum to 1."""
 
 _STRIDES = (2, 4, 7, 8, 14, 16, 28, 32, 64)
 """Strides that models have."""
@@ -226,11 +229,6 @@ def _readable(answer: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     return (answer.cpu(), logits.cpu()) if answer.device.type == "mps" else (answer, logits)
 
 
-def sums_to_one(chances: Tensor, axis: int) -> bool:
-    """Return whether an axis holds the probabilities of classes, as a softmax gives them."""
-    return bool(((chances.sum(axis) - 1).abs() < 1e-2).all())
-
-
 def _without_activation(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Make logits of probabilities, or of their logarithms, and an answer to compare with these.
 
@@ -238,7 +236,7 @@ def _without_activation(answer: Tensor, logits: Tensor) -> list[tuple[Tensor, Te
     0 and 1 may be what a sigmoid gives, or logits.
     """
     for logs in (logits.clamp_min(1e-30).log(), logits):
-        if answer.shape[1] > 1 and sums_to_one(logs.exp(), 1):
+        if answer.shape[1] > 1 and sums_to_one(logs.exp(), 1, SOFTMAX):
             return [(answer - answer.mean(1, keepdim=True), logs - logs.mean(1, keepdim=True))]
     if bool((logits < 0).any() or (logits > 1).any()):
         return [(answer, logits)]

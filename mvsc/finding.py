@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from mvsc.checks import sums_to_one
 from mvsc.classifier import TRANSPOSED, base_of, is_pixel_linear, widths
-from mvsc.comparing import classes_second, difference, logits_in, sums_to_one, tensors_in
+from mvsc.comparing import SOFTMAX, classes_second, difference, logits_in, tensors_in
 from mvsc.hosts import (
     ASIDE,
     Host,
@@ -67,7 +68,7 @@ def find_classifier(
         if _classifies_queries(model, named, refusal(model)):
             raise _not_found(model, {named: ""})
         return _not_lazy(model, named) if example is None else _prove(model, named, example)
-    hosts = _hosts(model)
+    hosts = hosts_in(model)
     path = _path_in_host(model, *hosts[0]) if len(hosts) == 1 else None
     reader = None if path is None else _reader_behind(model, *hosts[0], path)
     if example is not None:
@@ -166,7 +167,7 @@ def _linear_inside(model: nn.Module, path: str) -> str:
     )
 
 
-def _hosts(model: nn.Module) -> list[tuple[str, Host]]:
+def hosts_in(model: nn.Module) -> list[tuple[str, Host]]:
     """Return path and library of each outermost segmenter of a known library in ``model``.
 
     One that is frozen, while other parts are trained, is a teacher.
@@ -380,7 +381,7 @@ def _are_probabilities(logits: Tensor) -> bool:
     if bool(((logits >= 0) & (logits <= 1)).all()):
         return True
     negative = bool((logits <= 0).all())
-    return negative and any(sums_to_one(logits.exp(), axis) for axis in (1, -1))
+    return negative and any(sums_to_one(logits.exp(), axis, SOFTMAX) for axis in (1, -1))
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

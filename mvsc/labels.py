@@ -17,6 +17,7 @@ from mvsc.checks import (
     describe_sizes,
     grid_of_ratio,
     is_integer,
+    sums_to_one,
 )
 
 
@@ -317,7 +318,7 @@ def _of_channels(labels: Tensor, num_classes: int | None) -> str:
             "They are neither indices nor one-hot; colours have to be mapped to class indices. "
             "Pass one class index for each pixel."
         )
-    whole = [axis for axis in axes if _sums_to_one(values, axis, labels.dtype)]
+    whole = [axis for axis in axes if sums_to_one(values, axis, _near(labels))]
     name = "labels.long()" if labels.dtype == torch.bool else "labels"
     if len(whole) == 2:
         return (
@@ -349,10 +350,9 @@ def _is_one_hot(labels: Tensor, num_classes: int | None) -> bool:
     axes = [axis for axis in (1, -1) if labels.shape[axis] == num_classes]
     if labels.is_meta or not axes or not bool(((labels == 0) | (labels == 1)).all()):
         return False
-    return any(_sums_to_one(labels.float(), axis, labels.dtype) for axis in axes)
+    return any(sums_to_one(labels.float(), axis, _near(labels)) for axis in axes)
 
 
-def _sums_to_one(values: Tensor, axis: int, dtype: torch.dtype) -> bool:
-    """Return whether each place has one class, or the chances of all, along an axis."""
-    near = 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return bool(((values.sum(axis) - 1).abs() < near).all())
+def _near(labels: Tensor) -> float:
+    """Return up to which distance chances of the dtype of labels sum to 1."""
+    return 0.05 if labels.dtype in (torch.float16, torch.bfloat16) else 1e-3

@@ -72,13 +72,13 @@ def draw_heatmap(
         ValueError: if a shape is another, or limits are no two that ascend.
     """
     _check_cosines(cosines)
+    low, high = _check_limits(limits)
     height, width = cosines.shape
     if image is not None:
         _check_image(image)
         height, width = image.shape[1:]
         grey = _pixels(image) @ np.array([0.299, 0.587, 0.114])
         _show(ax, grey, cmap="gray", vmin=0, vmax=1)
-    low, high = _check_limits(limits)
     return _show(
         ax,
         cosines.detach().float().cpu().numpy(),
@@ -168,7 +168,7 @@ def heatmaps(
     _check_names(names, num_classes)
     if isinstance(classes, int):
         raise TypeError(f"classes must be a sequence of indices, got {classes}. Use [{classes}].")
-    if not all(isinstance(each, int) for each in classes):
+    if any(isinstance(each, str) for each in classes):
         raise TypeError(
             f"classes must be indices, got {checks.describe(classes)}. Of names use "
             "[names.index(name) for name in classes]."
