@@ -165,6 +165,9 @@ def test_a_negative_budget_is_refused(tmp_path):
         main(Settings(tmp_path / "none.safetensors", max_loss=float("nan")))
     with pytest.raises(ValueError, match=r"taus must be numbers from -100 to 100, got \(nan,\)"):
         main(Settings(tmp_path / "none.safetensors", taus=(float("nan"),)))
+    for tau in (float("nan"), 1e39):
+        with pytest.raises(ValueError, match="tau must be a number from -100 to 100, got"):
+            evaluate.main(evaluate.Settings(tmp_path / "none.safetensors", tau=tau, device="cpu"))
 
 
 def test_a_prior_is_not_shifted_twice(trained, folder, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ they are judged. There is no test-time augmentation. ``--window`` slides over th
 ``--tau`` shifts the prior; operating_point.py chooses it.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from commands import run
 from data import IGNORE, SegmentationData, open_split
 from loading import fit, outlive_interruptions, reading
 from models import Segmenter, build, logits_of
-from prior import log_shares
+from prior import LARGEST, log_shares
 from recipes import Recipe
 from weights import load_weights
 
@@ -288,8 +287,8 @@ def check_classes(classes: Sequence[str], data: SegmentationData) -> None:
 def main(settings: Settings) -> None:
     device = pick_device(settings.device)
     check_window(settings.window, settings.stride)
-    if not math.isfinite(settings.tau):
-        raise ValueError(f"tau must be a finite number, got {settings.tau}.")
+    if not abs(settings.tau) <= LARGEST:
+        raise ValueError(f"tau must be a number from {-LARGEST} to {LARGEST}, got {settings.tau}.")
     segmenter, recipe, classes = load_segmenter(
         settings.weights, device, unshifted=bool(settings.tau)
     )

@@ -23,7 +23,7 @@ from curve import TAUS, Curve, Points, choose
 from data import open_split
 from evaluate import check_classes, evaluate, load_segmenter, pick_device
 from mvsc.finding import find_classifier
-from prior import log_shares
+from prior import LARGEST, log_shares
 from weights import load_weights, save_weights, write_whole
 
 
@@ -58,8 +58,8 @@ def main(settings: Settings) -> None:
     Raises:
         ValueError: if weights, data or settings do not fit, or the prior cannot be shifted.
     """
-    if not all(abs(tau) <= 100 for tau in settings.taus):
-        raise ValueError(f"taus must be numbers from -100 to 100, got {settings.taus}.")
+    if not all(abs(tau) <= LARGEST for tau in settings.taus):
+        raise ValueError(f"taus must be numbers from {-LARGEST} to {LARGEST}, got {settings.taus}.")
     if settings.max_loss is not None and not settings.max_loss >= 0:
         raise ValueError(
             f"max_loss must be at least 0 points of pixel accuracy, got {settings.max_loss}."

@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from data import SegmentationData, read_label
 
+LARGEST = 100
+"""Of tau, either way: long before it the shares alone decide; far beyond it nothing is finite."""
+
 
 def class_pixels(data: SegmentationData) -> Tensor:
     """Count the labelled pixels of each class.
