@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -1050,39 +1051,43 @@ def test_ctrl_c_on_the_whole_process_group_finishes_the_step_and_saves(folder, t
     assert state_of(tmp_path)["step"] == steps[-1] >= 3
 
 
-def run_script(name, *arguments, **options):
-    command = [sys.executable, SCRIPTS / name, *arguments]
-    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env=env, **options
-    )
-
-
 SMALL = "--steps 1 --batch-size 2 --crop 32 32 --scale 64 48 --workers 0 --cpu --no-pretrained"
 
 
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script in this process, which has its imports; its status, output and errors."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        return SimpleNamespace(status=done.value.code, **capsys.readouterr()._asdict())
+
+    return run
+
+
 def assert_one_line(run, expected):
-    assert run.returncode == 1, run.stderr
-    lines = [line for line in run.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert "Traceback" not in run.stderr
-    assert re.search(expected, lines[-1]), run.stderr
+    assert run.status == 1, run.err
+    lines = [line for line in run.err.replace("\r", "\n").splitlines() if line.strip()]
+    assert "Traceback" not in run.err
+    assert re.search(expected, lines[-1]), run.err
 
 
-@pytest.mark.slow
-def test_what_is_wrong_with_data_or_disk_is_one_line(folder, tmp_path):
+def test_what_is_wrong_with_data_or_disk_is_one_line(script, folder, tmp_path):
     broken = tiny_data.make_folder(tmp_path / "broken")
     (broken / "classes.txt").write_bytes("cl\u00e9\n".encode("latin-1"))
     train_it = ["folder-segformer-lite0", *SMALL.split(), "--data-root"]
-    run = run_script("train.py", *train_it, broken, "--out", tmp_path / "run")
+    run = script("train.py", *train_it, broken, "--out", tmp_path / "run")
     assert_one_line(run, r"classes\.txt must be text in UTF-8")
     (tmp_path / "file").touch()
-    run = run_script("train.py", *train_it, folder, "--out", tmp_path / "file" / "run")
+    run = script("train.py", *train_it, folder, "--out", tmp_path / "file" / "run")
     assert_one_line(run, r"out must be a folder, got .*file/run, but .*file is a file")
-    run = run_script("evaluate.py", broken / "classes.txt")
+    run = script("evaluate.py", broken / "classes.txt")
     assert_one_line(run, r"must be a \.safetensors file that train\.py wrote")
-    run = run_script("prepare_data.py", "folder", "--data-root", tmp_path / "none", "--check")
-    assert run.returncode == 1
-    assert run.stdout.splitlines()[-1] == "2 problems"
+    run = script("prepare_data.py", "folder", "--data-root", tmp_path / "none", "--check")
+    assert run.status == 1
+    assert run.out.splitlines()[-1] == "2 problems"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
@@ -1149,7 +1154,8 @@ def test_a_prediction_lies_as_its_image_is_shown(folder, tmp_path):
 )
 @pytest.mark.slow
 def test_every_script_runs_from_any_folder(name, tmp_path):
-    run = run_script(f"{name}.py", "--help", cwd=tmp_path)
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "usage:" in run.stdout
 

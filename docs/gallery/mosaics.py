@@ -54,7 +54,7 @@ def trained(*, regularized: bool) -> Trained:
         model="smp/Segformer/tu-resnet10t",
         decoder_dim=128,
         pretrained=False,
-        steps=150,
+        steps=100,
         batch_size=8,
         warmup=7,
         lr=1e-3,
