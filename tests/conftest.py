@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 
+from tiny_nets import CLASSES
+
 # For tests/mutations.py, which asks only whether a test fails: the smallest example that shows
 # it would take longer to find than the first.
 settings.register_profile(
@@ -27,3 +29,14 @@ def on_the_cpu(request, monkeypatch):
     if request.module.__name__ != "test_cuda":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def images():
+    """A batch for the segmenters of tiny_nets.py."""
+    return torch.randn(2, 3, 12, 12)
+
+
+@pytest.fixture
+def labels():
+    return torch.randint(0, CLASSES, (2, 12, 12))

@@ -20,21 +20,6 @@ from mvsc.attach import AttachedRegularizer, attach, detach
 from tiny_nets import CLASSES, DIM, Net, NetWithLoss, TwoHeads
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 12, 12)
-
-
-@pytest.fixture
-def labels() -> Tensor:
-    return torch.randint(0, CLASSES, (2, 12, 12))
-
-
 def first_grad(model: nn.Module) -> Tensor:
     grad = model.encoder[0].weight.grad
     assert grad is not None

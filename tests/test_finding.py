@@ -16,16 +16,6 @@ from mvsc.hosts import ASIDE
 from tiny_nets import CLASSES, DIM, Net, NetWithLoss, TwoHeads
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 12, 12)
-
-
-@pytest.fixture
-def labels() -> Tensor:
-    return torch.randint(0, CLASSES, (2, 12, 12))
-
-
 def test_the_only_layer_that_nothing_reads_is_taken_and_said_so_once(caplog):
     with caplog.at_level(logging.INFO, "mvsc"):
         attach(Net())

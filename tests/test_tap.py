@@ -25,16 +25,6 @@ from mvsc.attach import attach, detach
 from tiny_nets import CLASSES, DIM, Net, NetWithLoss
 
 
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(2, 3, 12, 12)
-
-
-@pytest.fixture
-def labels() -> Tensor:
-    return torch.randint(0, CLASSES, (2, 12, 12))
-
-
 class Rows(Net):
     """Its classifier is a Linear on the last axis."""
 
