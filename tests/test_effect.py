@@ -107,6 +107,8 @@ def test_both_parts_of_a_pair_keep_their_strengths(folder, batch):
         )
 
     assert loss("lovasz@4+mvsc@2") == loss("lovasz@4") != loss("lovasz@2")
+    both = loss("lovasz@4") + loss("dice@4")
+    torch.testing.assert_close(loss("lovasz-dice@4") + loss("ce"), both)
 
 
 def test_balanced_weights_are_the_inverse_root_of_the_frequency(folder):

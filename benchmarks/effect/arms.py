@@ -56,12 +56,13 @@ def smoothed(strength: float, data: SegmentationData) -> Criterion:
     return lambda logits, labels: cross_entropy(logits, labels, label_smoothing=strength)
 
 
-def with_smp(loss: nn.Module) -> Callable[[float, SegmentationData], Criterion]:
-    """Add a loss of segmentation_models_pytorch to the cross-entropy."""
+def with_smp(*losses: nn.Module) -> Callable[[float, SegmentationData], Criterion]:
+    """Add losses of segmentation_models_pytorch to the cross-entropy."""
 
     def make(strength: float, data: SegmentationData) -> Criterion:
         return lambda logits, labels: (
-            cross_entropy(logits, labels) + strength * loss(logits.float(), labels)
+            cross_entropy(logits, labels)
+            + strength * sum(loss(logits.float(), labels) for loss in losses)
         )
 
     return make
@@ -83,8 +84,8 @@ def jaccard(strength: float, data: SegmentationData) -> Criterion:
     return criterion
 
 
-dice = with_smp(smp.losses.DiceLoss("multiclass", ignore_index=IGNORE))
-lovasz = with_smp(smp.losses.LovaszLoss("multiclass", ignore_index=IGNORE))
+dice = smp.losses.DiceLoss("multiclass", ignore_index=IGNORE)
+lovasz = smp.losses.LovaszLoss("multiclass", ignore_index=IGNORE)
 
 ARMS: dict[str, Arm] = {
     "ce": Arm(mvsc=False),
@@ -119,8 +120,9 @@ ARMS: dict[str, Arm] = {
     "learned-temperature": Arm(variant=variants.LearnedTemperature),
     # What a user would pick instead.
     "balanced": Arm(mvsc=False, criterion=balanced, strength=0.5),
-    "dice": Arm(mvsc=False, criterion=dice, strength=0.5),
-    "lovasz": Arm(mvsc=False, criterion=lovasz, strength=0.5),
+    "dice": Arm(mvsc=False, criterion=with_smp(dice), strength=0.5),
+    "lovasz": Arm(mvsc=False, criterion=with_smp(lovasz), strength=0.5),
+    "lovasz-dice": Arm(mvsc=False, criterion=with_smp(lovasz, dice), strength=0.5),
     "pixel-contrast": Arm(mvsc=False, rival=rivals.PixelContrast, strength=0.1),
     "proxy-anchor": Arm(mvsc=False, rival=rivals.ProxyAnchor, strength=0.01),
     "centre": Arm(mvsc=False, rival=rivals.Centre, strength=0.1),
