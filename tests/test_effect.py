@@ -561,11 +561,18 @@ def test_a_curve_is_held_against_those_of_the_rivals_seed_by_seed():
     runs = {"ce": dict.fromkeys((0, 1, 2), BASE), "lovasz@4": dict.fromkeys((0, 1, 3), BASE)}
     runs |= {"lovasz@4+mvsc": {0: better, 1: better, 2: better}}
     runs |= {"low": {0: far, 1: far}, "once": {0: BASE}}
-    rows = report.above_rivals(runs).splitlines()[2:]
-    assert rows[0].startswith("| lovasz@4+mvsc | lovasz@4 | 2 | +3.00 [+3.00, +3.00] | +3.38")
-    assert rows[1] == f"| low | lovasz@4 | 2 |{' not reached |' * 3}"
-    assert len(rows) == 2
-    assert report.above_rivals({"ce": runs["ce"]}) == ""
+    rows = report.above_rivals(runs)
+    assert rows[0][:4] == ["lovasz@4+mvsc", "lovasz@4", "2", "+3.00 [+3.00, +3.00]"]
+    assert rows[0][4].startswith("+3.38")
+    assert rows[1:] == [["low", "lovasz@4", "2", *["not reached"] * 3]]
+    assert report.above_rivals({"ce": runs["ce"]}) == []
+
+
+def test_the_page_shows_differences_of_three_seeds_and_more():
+    runs = {arm: dict.fromkeys(range(3), BASE) for arm in ("ce", "lovasz@4", "mvsc")}
+    runs["few"] = {0: BASE, 1: BASE}
+    told = report.above({("short", "segformer"): runs}).splitlines()[2:]
+    assert told == [f"| short | segformer | mvsc | lovasz@4 | 3 |{' +0.00 [+0.00, +0.00] |' * 3}"]
 
 
 def test_the_band_around_a_border_has_its_width_and_no_unlabelled_pixel():
@@ -849,10 +856,5 @@ def test_gains_are_told_for_rare_and_common_classes():
 
 
 def test_the_kept_tables_are_those_of_the_kept_scores():
-    shares = json.loads((report.RESULTS / "classes.json").read_text("utf-8"))
-    told = report.report(report.RESULTS, shares)
-    assert (report.RESULTS / "report.md").read_text("utf-8") == told
-    told = report.overview(report.load(report.RESULTS))
-    assert (report.RESULTS / "overview.md").read_text("utf-8") == told + "\n"
-    told = report.curves(report.load(report.RESULTS, "frontier"))
-    assert (report.RESULTS / "curves.md").read_text("utf-8") == told + "\n"
+    for name, text in report.pages(report.RESULTS).items():
+        assert (report.RESULTS / name).read_text("utf-8") == text

@@ -22,6 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
 CLOSE = frontier.LOSSES[:3]
+AT = [f"at -{loss:g} points" for loss in CLOSE]
 RIVALS = ("lovasz@4", "dice@4", "mvsc@4")  # whose curves another arm's is to lie above
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mIoU": "boundary"}
 
@@ -139,8 +140,8 @@ def frontiers(cells: Cells, base: str = "ce") -> str:
     return markdown(head, *rows)
 
 
-def above_rivals(cells: Cells, base: str = "ce") -> str:
-    """One row an arm and a rival: how far its curve lies above the rival's."""
+def above_rivals(cells: Cells, base: str = "ce") -> list[list[str]]:
+    """One row an arm and a rival: its seeds, and how far its curve lies above the rival's."""
     rows = []
     for number, rival in enumerate(RIVALS):
         for arm in cells:
@@ -149,8 +150,18 @@ def above_rivals(cells: Cells, base: str = "ce") -> str:
             changes = [differences(cells, arm, rival, base, loss) for loss in CLOSE]
             if len(changes[0]) > 1:
                 rows.append([arm, rival, str(len(changes[0])), *map(gain_if_reached, changes)])
-    head = ["arm", "above", "seeds", *(f"at -{loss:g} points" for loss in CLOSE)]
-    return markdown(head, *rows) if rows else ""
+    return rows
+
+
+def above(found: dict[tuple[str, str], Cells]) -> str:
+    """The same for each schedule and head, of at least three seeds."""
+    rows = [
+        [schedule, head, *row]
+        for (schedule, head), cells in found.items()
+        for row in above_rivals(cells)
+        if int(row[2]) > 2
+    ]
+    return markdown(["schedule", "head", "arm", "above", "seeds", *AT], *rows)
 
 
 def differences(cells: Cells, arm: str, rival: str, base: str, loss: float) -> list[float | None]:
@@ -283,7 +294,10 @@ def report(results: Path, shares: Shares | None) -> str:
         for (schedule, head), cells in load(results, kind).items():
             parts += heading(f"{title}: {head}, {schedule} schedule", cells)
             parts += ["Gain in mIoU over cross-entropy, unshifted, as tau of each arm varies:"]
-            parts += [frontiers(cells), above_rivals(cells), calibration(cells)]
+            parts.append(frontiers(cells))
+            if rows := above_rivals(cells):
+                parts.append(markdown(["arm", "above", "seeds", *AT], *rows))
+            parts.append(calibration(cells))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -299,14 +313,20 @@ def heading(title: str, cells: Cells) -> list[str]:
     ]
 
 
-if __name__ == "__main__":
-    classes = RESULTS / "classes.json"
+def pages(results: Path) -> dict[str, str]:
+    """Write what the kept scores tell: the text of each file."""
+    classes = results / "classes.json"
     shares = json.loads(classes.read_text("utf-8")) if classes.exists() else None
-    texts = {
-        "overview.md": overview(load(RESULTS)) + "\n",
-        "curves.md": curves(load(RESULTS, "frontier")) + "\n",
-        "report.md": report(RESULTS, shares),
+    shifted = load(results, "frontier")
+    return {
+        "overview.md": overview(load(results)) + "\n",
+        "curves.md": curves(shifted) + "\n",
+        "above.md": above(shifted) + "\n",
+        "report.md": report(results, shares),
     }
-    for name, text in texts.items():
+
+
+if __name__ == "__main__":
+    for name, text in pages(RESULTS).items():
         print(text)
         (RESULTS / name).write_text(text, "utf-8")
