@@ -104,6 +104,7 @@ def test_an_example_runs_in_two_processes(example, tmp_path):
 @pytest.mark.slow
 def test_a_job_of_ray_train_goes_on_from_its_checkpoint(tmp_path):
     pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")  # Ray Train needs it, and "ray" alone does not bring it.
     program = (
         f"import sys, runpy; main = runpy.run_path({str(EXAMPLES / 'ray_train.py')!r})['main']\n"
         "import ray; ray.init(num_cpus=3, include_dashboard=False)\n"

@@ -855,6 +855,7 @@ def test_a_state_of_deepspeed_is_not_taken_for_a_whole_one(folder, tmp_path):
 @pytest.mark.slow
 def test_a_job_of_ray_goes_on_when_a_worker_died_and_ends_as_one_under_torchrun(folder, tmp_path):
     pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")  # Ray Train needs it, and "ray" alone does not bring it.
     import psutil
 
     recipe = "folder-segformer-lite0 --steps 12 --batch-size 4 --crop 64 64 --scale 64 48 --cpu "
