@@ -629,6 +629,45 @@ def torchgeo() -> Iterator[Case]:
     yield from named(hosts)
 
 
+def terratorch() -> Iterator[Case]:
+    tasks = importlib.import_module("terratorch.tasks")
+
+    def build(decoder: str, **settings: Any) -> nn.Module:
+        task = tasks.SemanticSegmentationTask(
+            model_factory="EncoderDecoderFactory",
+            model_args={
+                "backbone": "timm_resnet18",
+                "backbone_pretrained": False,
+                "backbone_in_chans": 3,
+                "decoder": decoder,
+                "num_classes": CLASSES,
+                **settings,
+            },
+        )
+        task.configure_models()
+        model: nn.Module = task.model
+        return model
+
+    deep = {"backbone_out_indices": [1, 2, 3, 4]}
+    last = deep | {"necks": [{"name": "SelectIndices", "indices": [-1]}]}
+    hosts = {
+        "FCNDecoder": last | {"decoder_channels": 16},
+        "UNetDecoder": deep | {"decoder_channels": [64, 32, 16, 8]},
+        "UperNetDecoder": deep | {"decoder_channels": 16},
+    }
+    yield from named(
+        {
+            f"SemanticSegmentationTask, {name}": case(
+                lambda name=name, settings=settings: build(name, **settings),
+                images(),
+                logits=lambda output: output.output,
+                path="head.head.2",
+            )
+            for name, settings in hosts.items()
+        }
+    )
+
+
 def torchseg() -> Iterator[Case]:
     seg = importlib.import_module("torchseg")
     hosts = {}
@@ -1101,6 +1140,7 @@ LIBRARIES: dict[str, Callable[[], Iterator[Case]]] = {
     "monai": monai,
     "dynamic_network_architectures": dynamic_network_architectures,
     "torchgeo": torchgeo,
+    "terratorch": terratorch,
     "torchseg": torchseg,
     "ultralytics": ultralytics,
     "peft": peft,

@@ -95,8 +95,12 @@ def find_classifier(
         fit = [path for path in fit if _width_given(model.get_submodule(path)) == num_classes]
         of = f" of {num_classes} classes"
     if len(fit) != 1 or _classifies_queries(model, fit[0], refused):
-        why = f"one of {len(fit)} that could be it"
-        raise _not_found(model, {path: reason or why for path, reason in candidates.items()})
+        given = {path: _width_given(model.get_submodule(path)) for path in fit}
+        for path, reason in candidates.items():
+            candidates[path] = reason or f"one of {len(fit)} that could be it"
+            if num_classes is None and [*given.values()].count(given.get(path, 0)) == 1 < len(fit):
+                candidates[path] += f"; num_classes={given[path]} takes it"
+        raise _not_found(model, candidates)
     logger.warning(
         "took %r, the only candidate%s, for the classifier; example= proves it", fit[0], of
     )

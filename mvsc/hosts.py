@@ -62,6 +62,8 @@ HOSTS = (
         segmenters=("BaseSegmentor",),
         classifiers=("decode_head.conv_seg", "decode_head.-1.conv_seg"),
     ),
+    # Its models derive from segmentation_models_pytorch's.
+    Host("terratorch", segmenters=("PixelWiseModel",), classifiers=("head.head.2",)),
     Host("torchseg", segmenters=("SegmentationModel",), classifiers=("segmentation_head.0",)),
     Host("torchgeo", segmenters=("FCN",), classifiers=("last",)),
     # Before FarSeg, which ChangeStarFarSeg ends with.

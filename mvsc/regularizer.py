@@ -469,7 +469,7 @@ class MVSCRegularizer(nn.Module):
     ) -> MVSCTerms:
         """Check, count the step, and compute the terms; a call that is refused is no step."""
         features, labels, axes = self._check(features, labels, classifier, grid, channels_last)
-        self._advance(learns=bool(wanted))
+        self._advance(classifier, learns=bool(wanted))
         ask = partial(classify_vectors, classifier, num_classes=self.num_classes, axes=axes)
         try:
             return self._terms(features, labels, ask, wanted)
@@ -602,7 +602,7 @@ class MVSCRegularizer(nn.Module):
         bad = out_of_range(labels, self.num_classes, self.ignore_index)
         self.invalid_count += bad.sum()
 
-    def _advance(self, learns: bool) -> None:
+    def _advance(self, classifier: Classifier, learns: bool) -> None:
         """Count a training step, but not when a backward replays one (checkpointing).
 
         A replay that drew another split would silently give wrong gradients.
@@ -621,7 +621,7 @@ class MVSCRegularizer(nn.Module):
             if watched:
                 self._watch.notice_idle_centroids(self.centroids, own=self._stepper is not None)
             if self._stepper is not None:
-                self._stepper.begin(self.centroids)
+                self._stepper.begin(self.centroids, classifier)
 
     def _dtype(self, features: Tensor) -> torch.dtype:
         # FSDP2's mixed precision hands out the centroids in half precision, too.

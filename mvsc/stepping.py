@@ -8,11 +8,11 @@ the gradient of a zero that was added to it.
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from mvsc import checks, distributed
@@ -80,6 +80,11 @@ def _after_step(host: Optimizer, *_: Any) -> None:
         here = threading.get_ident()
         if any(stepper.thread == here for _, stepper in pairs):
             pairs = [pair for pair in pairs if pair[1].thread in (None, here)]
+        # Of two models whose backwards come before their steps, each follows its own optimizer, if
+        # an engine has left the classifier whole.
+        if len(pairs) > 1:
+            held = {id(each) for group in host.param_groups for each in group["params"]}
+            pairs = [pair for pair in pairs if pair[1].is_asked_about(held)] or pairs
         for owner, stepper in pairs:
             stepper.step(owner, host)
     finally:
@@ -111,10 +116,12 @@ class Stepper:
             )
         self.make = optimizer
         self.optimizer: Optimizer | None = None
+        self.rate: float | None = None  # that a callable's optimizer was made with
         self.loaded: dict[str, Tensor] = {}
         self.taken: Taken | None = None
         self.waiting, self.silent_steps = False, 0
         self.thread: int | None = None  # of the last forward
+        self.classifier: list[ReferenceType[Tensor]] = []  # the parameters of its classifier
         self.zero: Tensor  # its gradient is what the loss was multiplied by
 
     def follow(self, owner: Owner) -> None:
@@ -137,8 +144,13 @@ class Stepper:
         _steppers[owner] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the host, with which a copy has nothing to do."""
-        return {**self.__dict__, "taken": None}
+        """Leave out host and model, with which a copy has nothing to do."""
+        return {**self.__dict__, "taken": None, "classifier": []}
+
+    def is_asked_about(self, held: set[int]) -> bool:
+        """Return whether a parameter of the classifier is one of these, by their ids."""
+        parameters = (each() for each in self.classifier)
+        return any(each is not None and id(each) in held for each in parameters)
 
     def weigh(self, loss: Tensor) -> Tensor:
         """Return the loss, bitwise, with a zero whose gradient is what it is multiplied by."""
@@ -174,7 +186,7 @@ class Stepper:
             self.zero.grad = None  # A loss of which MVSC was no part has none in the mean.
             return
         taken.rates[which] = rate
-        optimizer.param_groups[0]["lr"] = self._rate(optimizer, group)
+        _set_rate(optimizer.param_groups[0], self._rate(optimizer, group))
         centroids.grad = taken.mean
         optimizer.step()
         self._undo_unless(taken.finite, taken, optimizer, centroids)
@@ -191,7 +203,7 @@ class Stepper:
         if self.make != "own":
             begun = group.get("initial_lr")
             factor = 1.0 if rate is None or begun is None else float(rate) / float(begun or 1.0)
-            return float(optimizer.defaults["lr"]) * factor
+            return cast(float, self.rate) * factor
         if rate is None:
             raise ValueError(
                 'optimizer="own" must have a learning rate to follow, got None in the last group '
@@ -242,9 +254,11 @@ class Stepper:
         if self.silent_steps == _SILENT_STEPS:
             owner._watch.say("idle", _NO_GRADIENT)
 
-    def begin(self, centroids: Tensor) -> None:
+    def begin(self, centroids: Tensor, classifier: object) -> None:
         """Begin a step; drop a gradient that is not finite, whose step mixed precision skipped."""
         self.waiting, self.thread = torch.is_grad_enabled(), threading.get_ident()
+        parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
+        self.classifier = [ref(each) for each in parameters]
         grad, weight = centroids.grad, self.zero.grad
         if grad is not None and weight is not None:
             finite = grad.isfinite().all() & weight.isfinite()
@@ -303,4 +317,14 @@ class Stepper:
             groups = made.state_dict()["param_groups"]
             made.load_state_dict({"state": {0: state}, "param_groups": groups})
         self.optimizer, self.loaded = made, {}
+        if self.rate is None:  # A tensor may be the group's, too, which is set.
+            self.rate = float(made.defaults["lr"])
         return made
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the rate of a group, which an optimizer may keep in a tensor, and want there."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -38,7 +38,8 @@ _IDLE_STEPS = 100
 """Steps without a change after which the centroids count as forgotten by the optimizer."""
 
 _NOT_IN_OPTIMIZER = (
-    "the optimizer does not know them. Add optimizer.add_param_group(reg.param_group())."
+    "the optimizer does not know them. Add optimizer.add_param_group(reg.param_group()); where the "
+    'engine does not take it, attach with optimizer="own".'
 )
 _NO_GRADIENT = (
     "the optimizer does not know them, or they get no gradient. Add "
@@ -48,7 +49,8 @@ _NO_GRADIENT = (
 )
 _NO_OTHER_STEPPED = (
     "their own optimizer steps after the model's, and no torch.optim.Optimizer has stepped. "
-    'With one that is none, use optimizer="host" and step reg.parameters() in it.'
+    'With one that is none, use optimizer="host" and step reg.parameters() in it. In fastai take '
+    "opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)."
 )
 
 _KEPT = (

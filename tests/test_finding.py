@@ -113,6 +113,7 @@ def test_two_heads_are_listed_with_the_line_to_write():
     message = str(error.value)
     assert "classifier: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
     assert "boundary: Conv2d 1x1, 8 -> 5: one of 2 that could be it" in message
+    assert "num_classes" not in message  # of both
     assert 'mvsc.attach(model, classifier="path.of.the.layer")' in message  # neither of the two
     assert "mvsc.attach(model, example=images)" in message
 
@@ -120,7 +121,9 @@ def test_two_heads_are_listed_with_the_line_to_write():
 def test_of_two_heads_the_only_one_of_the_given_number_of_classes_is_taken():
     model = TwoHeads()
     model.boundary = nn.Conv2d(DIM, 3, 1)
-    with pytest.raises(ClassifierNotFoundError, match="one of 2 that could be it"):
+    with pytest.raises(
+        ClassifierNotFoundError, match="8 -> 3: one of 2 .*; num_classes=3 takes it"
+    ):
         attach(model)
     for classes, path in ((CLASSES, "classifier"), (3, "boundary")):
         with attach(model, num_classes=classes) as reg:

@@ -256,6 +256,25 @@ def test_gradients_that_never_come_to_own_centroids_are_told():
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_a_callable_may_keep_its_rate_in_a_tensor():
+    class Strict(torch.optim.SGD):  # as torchao's
+        def step(self, closure=None):
+            assert isinstance(self.param_groups[0]["lr"], torch.Tensor)
+            super().step(closure)
+
+    rate = torch.tensor(0.1)
+    runs = [Run(functools.partial(Strict, lr=rate), SGD), Run(functools.partial(SGD, momentum=0))]
+    for run in runs:
+        run.optimizer = SGD(run.model.parameters())
+        schedule = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.5)
+        for _ in range(3):
+            run.step()
+            schedule.step()
+            # Its optimizer is made anew, of the same tensor.
+            run.reg.load_state_dict(copy.deepcopy(run.reg.state_dict()))
+    assert_same(*runs)
+
+
 def test_an_optimizer_that_finds_its_rate_itself_leaves_a_callable_its_own():
     adafactor = pytest.importorskip("transformers").optimization.Adafactor
     run = Run(SGD, adafactor)
@@ -602,19 +621,34 @@ def test_a_compiled_step_of_the_model_s_optimizer_is_followed_and_not_traced():
     assert_same(runs[1], runs[0], rtol=1e-5, atol=1e-6)
 
 
-def test_two_regularizers_step_along_their_own_gradients_only():
-    alone, pair = Run(SGD, SGD), [Run(SGD, SGD), Run(ADAMW, SGD)]
-    for run in [alone, *pair]:
-        run.optimizer.zero_grad()
-    alone.loss(0).backward()
-    for run in pair:
-        run.loss(0).backward()
-    alone.optimizer.step()
-    pair[0].optimizer.step()
-    assert_close(pair[0].tensors[0], alone.tensors[0], rtol=0, atol=0)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_models_whose_backwards_come_first_follow_each_its_own_optimizer(order):
+    slow = functools.partial(torch.optim.AdamW, lr=1e-3)
+    alone = [Run("own", make).train(2) for make in (ADAMW, slow)]
+    pair = [Run("own", make) for make in (ADAMW, slow)]
+    for number in range(2):
+        for run in pair:
+            run.optimizer.zero_grad()
+            run.loss(10 * number).backward()
+        for which in order:
+            pair[which].optimizer.step()
+    for run, expected in zip(pair, alone, strict=True):
+        assert_same(run, expected)
     moved = pair[1].tensors[0].clone()
     pair[1].optimizer.step()  # No backward since: nothing to follow.
     assert_close(pair[1].tensors[0], moved, rtol=0, atol=0)
+
+
+def test_where_an_engine_has_taken_both_models_apart_both_are_followed():
+    pair = [Run("own"), Run("own")]
+    before = [run.tensors[0].clone() for run in pair]
+    for run in pair:
+        run.loss(0).backward()
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in pair[0].model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    torch.optim.SGD([flat], lr=0.1).step()
+    for run, old in zip(pair, before, strict=True):
+        assert not torch.equal(run.tensors[0], old)
 
 
 def test_an_optimizer_that_steps_without_a_backward_of_the_regularizer_moves_nothing():
