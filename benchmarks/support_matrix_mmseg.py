@@ -1,6 +1,7 @@
 """The rows of MMSegmentation in the support matrix, which needs an environment of its own.
 
-    pip install -r examples/mmseg/requirements.txt mmdet==3.3.0    # mmdet for the mask classifiers
+    # mmdet for the mask classifiers
+    pip install -r examples/integrations/mmseg/requirements.txt mmdet==3.3.0
     python benchmarks/support_matrix_mmseg.py
 
 Each model is built from mmseg's own config with random weights and as many classes as the images

@@ -7,6 +7,7 @@ examples/integrations/mmseg/requirements.txt is installed.
 import copy
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 pytest.importorskip("mmengine", reason="needs examples/integrations/mmseg/requirements.txt")
+warnings.simplefilter("ignore")  # Hosts of these pins warn as they are imported, and later.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
