@@ -8,7 +8,7 @@ the gradient of a zero that was added to it.
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -116,12 +116,11 @@ class Stepper:
             )
         self.make = optimizer
         self.optimizer: Optimizer | None = None
-        self.rate: float | None = None  # that a callable's optimizer was made with
         self.loaded: dict[str, Tensor] = {}
         self.taken: Taken | None = None
         self.waiting, self.silent_steps = False, 0
         self.thread: int | None = None  # of the last forward
-        self.classifier: list[ReferenceType[Tensor]] = []  # the parameters of its classifier
+        self.classifier: ReferenceType[nn.Module] | None = None  # of the last forward
         self.zero: Tensor  # its gradient is what the loss was multiplied by
 
     def follow(self, owner: Owner) -> None:
@@ -145,12 +144,12 @@ class Stepper:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out host and model, with which a copy has nothing to do."""
-        return {**self.__dict__, "taken": None, "classifier": []}
+        return {**self.__dict__, "taken": None, "classifier": None}
 
     def is_asked_about(self, held: set[int]) -> bool:
         """Return whether a parameter of the classifier is one of these, by their ids."""
-        parameters = (each() for each in self.classifier)
-        return any(each is not None and id(each) in held for each in parameters)
+        classifier = None if self.classifier is None else self.classifier()
+        return classifier is not None and any(id(each) in held for each in classifier.parameters())
 
     def weigh(self, loss: Tensor) -> Tensor:
         """Return the loss, bitwise, with a zero whose gradient is what it is multiplied by."""
@@ -203,7 +202,7 @@ class Stepper:
         if self.make != "own":
             begun = group.get("initial_lr")
             factor = 1.0 if rate is None or begun is None else float(rate) / float(begun or 1.0)
-            return cast(float, self.rate) * factor
+            return float(optimizer.defaults["lr"]) * factor
         if rate is None:
             raise ValueError(
                 'optimizer="own" must have a learning rate to follow, got None in the last group '
@@ -257,8 +256,7 @@ class Stepper:
     def begin(self, centroids: Tensor, classifier: object) -> None:
         """Begin a step; drop a gradient that is not finite, whose step mixed precision skipped."""
         self.waiting, self.thread = torch.is_grad_enabled(), threading.get_ident()
-        parameters = classifier.parameters() if isinstance(classifier, nn.Module) else ()
-        self.classifier = [ref(each) for each in parameters]
+        self.classifier = ref(classifier) if isinstance(classifier, nn.Module) else None
         grad, weight = centroids.grad, self.zero.grad
         if grad is not None and weight is not None:
             finite = grad.isfinite().all() & weight.isfinite()
@@ -300,6 +298,9 @@ class Stepper:
                 "optimizer must make a torch.optim.Optimizer with a learning rate, which steps "
                 f"without a closure, got {checks.describe(made)}. {_FOR_EXAMPLE}"
             )
+        group = made.param_groups[0]
+        if isinstance(group["lr"], Tensor):  # It is set, and may be the user's, or the default's.
+            group["lr"] = group["lr"].clone()
         kept = set(made.state.get(centroids, {}))
         if self.make == "own":
             # As AdamW begins. A checkpoint that is loaded in place finds all of it by name.
@@ -317,8 +318,6 @@ class Stepper:
             groups = made.state_dict()["param_groups"]
             made.load_state_dict({"state": {0: state}, "param_groups": groups})
         self.optimizer, self.loaded = made, {}
-        if self.rate is None:  # A tensor may be the group's, too, which is set.
-            self.rate = float(made.defaults["lr"])
         return made
 
 

@@ -255,7 +255,6 @@ def test_gradients_that_never_come_to_own_centroids_are_told():
     assert len(caught) == 1
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers' own
 def test_a_callable_may_keep_its_rate_in_a_tensor():
     class Strict(torch.optim.SGD):  # as torchao's
         def step(self, closure=None):
@@ -273,8 +272,10 @@ def test_a_callable_may_keep_its_rate_in_a_tensor():
             # Its optimizer is made anew, of the same tensor.
             run.reg.load_state_dict(copy.deepcopy(run.reg.state_dict()))
     assert_same(*runs)
+    assert_close(rate, torch.tensor(0.1), rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
 def test_an_optimizer_that_finds_its_rate_itself_leaves_a_callable_its_own():
     adafactor = pytest.importorskip("transformers").optimization.Adafactor
     run = Run(SGD, adafactor)
