@@ -6,12 +6,8 @@ project's site at every build, or keep copies that go stale; the types of other 
 text instead.
 """
 
-import os
 import sys
 from pathlib import Path
-
-# Threads that spin while they wait take minutes for seconds where others use the machine, too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import mvsc
 

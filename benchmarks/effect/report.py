@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 Shares = dict[str, float]  # of each class in the labelled training pixels
 Cells = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> scores
 CLOSE = frontier.LOSSES[:3]
-AT = [f"at -{loss:g} points" for loss in CLOSE]
+ABOVE = ["arm", "above", "seeds", *(f"at -{loss:g} points" for loss in CLOSE)]
 RIVALS = ("lovasz@4", "dice@4", "mvsc@4")  # whose curves another arm's is to lie above
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "pixel accuracy", "boundary_mIoU": "boundary"}
 
@@ -161,7 +161,7 @@ def above(found: dict[tuple[str, str], Cells]) -> str:
         for row in above_rivals(cells)
         if int(row[2]) > 2
     ]
-    return markdown(["schedule", "head", "arm", "above", "seeds", *AT], *rows)
+    return markdown(["schedule", "head", *ABOVE], *rows)
 
 
 def differences(cells: Cells, arm: str, rival: str, base: str, loss: float) -> list[float | None]:
@@ -296,7 +296,7 @@ def report(results: Path, shares: Shares | None) -> str:
             parts += ["Gain in mIoU over cross-entropy, unshifted, as tau of each arm varies:"]
             parts.append(frontiers(cells))
             if rows := above_rivals(cells):
-                parts.append(markdown(["arm", "above", "seeds", *AT], *rows))
+                parts.append(markdown(ABOVE, *rows))
             parts.append(calibration(cells))
     return "\n\n".join(part for part in parts if part) + "\n"
 
